@@ -255,6 +255,7 @@ _CLASSIFICATION = (
         (_drive("16jcPsPwo5rko7ojWS9k_W-svHX-iFknY", "RepLKNet-31L_ImageNet-22K.pth"),),
         (_22K,),
         num_classes=21841,
+        note="a third-party port finds the 22K predictions of this file wrong (release, #3); a start for fine-tuning",
     ),
     _classifier(
         "replknet_xl",
@@ -275,7 +276,7 @@ _CLASSIFICATION = (
         (_drive("1CBHAEUlCzoHfiAQmMIjZhDMAIyHUmAAj", "RepLKNet-XL_MegData73M_pretrain.pth"),),  # name: ours
         (_73M,),
         num_classes=21841,
-        note="21841 outputs according to a third-party port; the release does not say what they stand for",
+        note="21841 outputs in the order of ImageNet-22K according to a third-party port; the release does not say",
     ),
 )
 
