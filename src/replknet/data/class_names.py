@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 # The 22K heads of the release follow the sorted WordNet ids of fall11.tar. A third-party port of the release's files
