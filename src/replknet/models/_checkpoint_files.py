@@ -1,0 +1,89 @@
+"""Checkpoint files read safely: no pickled code runs, and a damaged file is one clear sentence."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from replknet._errors import RunError, UsageError
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """The mapping in a torch or safetensors file, on the CPU.
+
+    Raises:
+        UsageError: no such file, or a folder.
+        RunError: not a checkpoint, damaged, or one that would run code when unpickled.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a checkpoint file inside it")
+    if not path.exists():
+        raise UsageError(f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    if reason := _why_not_a_checkpoint(head):
+        raise RunError(f"{path} is not a checkpoint: {reason}")
+    contents = _read_safetensors(path) if _is_safetensors(head) else _read_torch(path)
+    if not isinstance(contents, Mapping):
+        raise RunError(f"{path} holds a {type(contents).__name__}, not a state dict")
+    return contents
+
+
+def _why_not_a_checkpoint(head: bytes) -> str | None:
+    if not head:
+        return "it is empty"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page, as download sites send instead of a file; download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the real file with `git lfs pull`"
+    return None
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and not head.startswith(b"PK")
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged or not a safetensors file: {_short(error)}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    # The release's training checkpoints hold the command line as an argparse.Namespace, which only stores attributes.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RunError(_unpickling_problem(path, error)) from error
+    except Exception as error:
+        raise RunError(f"{path} is damaged (truncated?) or not a torch checkpoint: {_short(error)}") from error
+
+
+def _unpickling_problem(path: Path, error: Exception) -> str:
+    try:
+        blocked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001 - only a more helpful message depends on it
+        blocked = []
+    if blocked:
+        return (
+            f"{path} would run code when opened ({', '.join(blocked)}), so it was not opened; "
+            "save its state dict alone, as tensors, where you trust it"
+        )
+    return f"{path} is damaged or not a torch checkpoint: {_short(error)}"
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
