@@ -1,13 +1,12 @@
 """Training, merged and fused forms of state dicts and models, told apart and brought together."""
 
-import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from replknet._errors import RunError
 from replknet.layers import reparameterize
+from replknet.layers.empty_copy import empty_copy
 from replknet.models.replknet import Form, RepLKNet
 
 
@@ -29,7 +28,7 @@ def take_form(model: nn.Module, tensors: Mapping[str, Tensor], *, dry: bool = Fa
         dry: leave `model` alone and change a copy without data on the meta device.
     """
     if dry:
-        model = _empty_copy(model)
+        model = empty_copy(model)
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     _reparameterize_like(model, tensors)
@@ -90,12 +89,3 @@ def _reparameterize_like(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
             reparameterize(part)
     for child in model.children():
         reparameterize(child)
-
-
-def _empty_copy(model: nn.Module) -> nn.Module:
-    """A deep copy on the meta device that never holds a second set of data."""
-    memo = {id(t): torch.empty_like(t, device="meta") for t in (*model.buffers(),)}
-    for parameter in model.parameters():
-        data = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
