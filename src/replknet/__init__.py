@@ -2,6 +2,7 @@
 
 from replknet import layers, models, ops
 from replknet.layers import reparameterize
+from replknet.models.accelerate import accelerate
 
-__all__ = ["layers", "models", "ops", "reparameterize"]
+__all__ = ["accelerate", "layers", "models", "ops", "reparameterize"]
 __version__ = "0.1.0"

@@ -1,16 +1,75 @@
 """`nn.Conv2d` with groups equal to channels, run by `replknet.ops.depthwise_conv2d` where that is possible."""
 
+import torch
 from torch import Tensor, nn
 
+from replknet import ops
 from replknet.ops import depthwise_conv2d
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Drop-in depthwise `nn.Conv2d`: same constructor, parameters and state-dict keys."""
+    """Drop-in depthwise `nn.Conv2d`: same constructor, parameters and state-dict keys.
+
+    Stride 1, dilation 1, odd kernel and "same" zero padding run as `replknet.ops.depthwise_conv2d`; everything else
+    runs as torch's convolution, and `explain` says why.
+
+    Shapes: `[N, C, H, W]` or `[C, H, W]` in; as `nn.Conv2d` out.
+
+    Raises:
+        ValueError: groups differ from in_channels, so that the convolution is not depthwise.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.groups != self.in_channels:
+            raise ValueError(
+                f"a depthwise convolution has groups = in_channels, given groups={self.groups} and "
+                f"in_channels={self.in_channels}; pass groups={self.in_channels}, or use nn.Conv2d"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve `[N, C, H, W]`."""
-        same = tuple(k // 2 for k in self.kernel_size)
-        if self.stride == (1, 1) and self.dilation == (1, 1) and self.padding == same:
-            return depthwise_conv2d(x, self.weight, self.bias)
-        return super().forward(x)
+        """Convolve `[N, C, H, W]` or `[C, H, W]`."""
+        if why_not_same_depthwise(self) is not None:
+            return super().forward(x)
+        return _convolve(x, self.weight, self.bias, self.padding)
+
+    def explain(self, x: Tensor) -> str:
+        """Which backend runs each pass for x and why, or why this layer is torch's own convolution; nothing is run."""
+        if reason := why_not_same_depthwise(self):
+            return f"torch's own convolution: {reason}"
+        return str(ops.explain(x.unsqueeze(0) if x.dim() == 3 else x, self.weight))
+
+
+def why_not_same_depthwise(conv: nn.Conv2d) -> str | None:
+    """None where the convolution is what `replknet.ops.depthwise_conv2d` computes, else the reason why not."""
+    kernel = tuple(conv.kernel_size)
+    same = tuple(k // 2 for k in kernel)
+    if conv.groups != conv.in_channels:
+        return f"not depthwise: groups {conv.groups}, channels {conv.in_channels}"
+    if conv.out_channels != conv.in_channels:
+        return f"{conv.out_channels} output channels for {conv.in_channels} input channels"
+    if any(k % 2 == 0 for k in kernel):
+        return f"even kernel {kernel[0]}x{kernel[1]}"
+    if tuple(conv.stride) != (1, 1):
+        return f"stride {tuple(conv.stride)}"
+    if tuple(conv.dilation) != (1, 1):
+        return f"dilation {tuple(conv.dilation)}"
+    padding = {"same": same, "valid": (0, 0)}[conv.padding] if isinstance(conv.padding, str) else tuple(conv.padding)
+    if padding != same:
+        return f'padding {padding} where "same" is {same}'
+    if conv.padding_mode != "zeros" and same != (0, 0):
+        return f"padding mode {conv.padding_mode}"
+    return None
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str | tuple[int, ...]) -> Tensor:
+    if ops.recording_a_portable_graph():
+        # The layer's own constants, where the operator would have to read them off shapes while being traced.
+        return nn.functional.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+    if x.dim() == 3:
+        return depthwise_conv2d(x.unsqueeze(0), weight, bias).squeeze(0)
+    return depthwise_conv2d(x, weight, bias)
+
+
+# torch.fx records the call as one node instead of tracing into its checks.
+torch.fx.wrap("_convolve")

@@ -1,0 +1,158 @@
+"""Which backend runs a pass, and why: reasons against each, measured preferences, analytical defaults."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from replknet.ops import _rearranged, _torch, _tuning
+from replknet.ops._problem import Pass, Problem, format_of, problem_of
+
+Backend = Literal["auto", "cuda", "rearranged", "torch"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# Below this many multiply-adds per channel and image a CPU's convolution costs less than changing the format for it.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs one pass, and why it was chosen."""
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choice for each of the three passes of one call."""
+
+    forward: Choice
+    input_grad: Choice
+    weight_grad: Choice
+
+    def __str__(self) -> str:
+        return "\n".join(f"{field.name}: {getattr(self, field.name)}" for field in fields(self))
+
+
+def can_run(backend: str, pass_: Pass, problem: Problem) -> str | None:
+    """None where the backend can run the pass, else the reason why not."""
+    if problem.dtype not in _DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(str(dtype) for dtype in _DTYPES)}"
+    return can_run_cuda(pass_, problem) if backend == "cuda" else None
+
+
+def can_run_cuda(pass_: Pass, problem: Problem) -> str | None:
+    """None where this project's CUDA kernels can run the pass, else the reason why not."""
+    if problem.device.type != "cuda":
+        return f"the tensors are on {problem.device.type}, the kernels run on NVIDIA GPUs"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, the kernels are written for NVIDIA GPUs"
+    try:
+        from replknet.ops import cuda
+    except ImportError as error:
+        return f"the compiler front end cannot be imported: {error}"
+    return cuda.can_run(
+        problem.x_shape,
+        problem.weight_shape,
+        problem.dtype,
+        channels_last=problem.channels_last,
+        device=problem.device,
+        pass_=pass_,
+    )
+
+
+def choose(pass_: Pass, problem: Problem, backend: str = "auto") -> Choice:
+    """The backend for one pass.
+
+    Raises:
+        NotImplementedError: a backend asked for by name cannot run the pass; the message says why.
+    """
+    return _choose(pass_, problem, backend, _tuning.enabled())
+
+
+def implementation(name: str) -> ModuleType:
+    """The module with `forward`, `input_grad` and `weight_grad` of a backend."""
+    if name == "cuda":
+        from replknet.ops import cuda
+
+        return cuda
+    return {"rearranged": _rearranged, "torch": _torch}[name]
+
+
+def explain(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> Explanation:
+    """Which backend `depthwise_conv2d(x, weight)` uses for each pass, and why; nothing is run.
+
+    Args:
+        x: `[N, C, H, W]`; only shape, strides, dtype and device are looked at.
+        weight: `[C, 1, Kh, Kw]`.
+        backend: as in `depthwise_conv2d`.
+
+    Raises:
+        ValueError, NotImplementedError: as `depthwise_conv2d`.
+    """
+    from replknet.ops.depthwise_conv2d import check_arguments, under_autocast
+
+    x, weight, _ = under_autocast(x, weight, None)
+    check_arguments(x, weight, None, None, backend)
+    x = x.contiguous(memory_format=format_of(x))
+    problem = problem_of(x, (weight.shape[2], weight.shape[3]))
+    return Explanation(*(choose(field.name, problem, backend) for field in fields(Explanation)))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(pass_: Pass, problem: Problem, backend: str, autotune: bool) -> Choice:
+    if backend != "auto":
+        if reason := can_run(backend, pass_, problem):
+            raise NotImplementedError(
+                f"backend {backend!r} cannot run the {pass_} pass of {_describe(problem)}: {reason}; "
+                'backend="auto" chooses one that can'
+            )
+        return Choice(backend, "asked for by name")
+    candidates = {name: can_run(name, pass_, problem) for name in BACKENDS[1:]}
+    runnable = tuple(name for name, reason in candidates.items() if reason is None)
+    if measured := _tuning.fastest(pass_, problem, runnable, measure=autotune):
+        return Choice(measured.backend, f"measured: {measured}")
+    if "cuda" in runnable:
+        return _default_with_kernels(problem)
+    without = f"no CUDA kernel: {candidates['cuda']}; " if problem.device.type == "cuda" else ""
+    name, reason = _default_of_torch(pass_, problem)
+    return Choice(name, without + reason)
+
+
+def _default_with_kernels(problem: Problem) -> Choice:
+    # cuDNN's own kernels for square 1x1, 3x3 and 5x5 in half precision are bound by memory already.
+    kh, kw = problem.kernel
+    if kh * kw == 1:
+        return Choice("torch", "a 1x1 depthwise convolution is a scaling, bound by memory in any kernel")
+    return Choice("cuda", "tensor-core kernels for this shape, dtype and format")
+
+
+def _default_of_torch(pass_: Pass, problem: Problem) -> tuple[str, str]:
+    """The faster arrangement of torch's own kernels where ours cannot run."""
+    if problem.device.type == "cpu":
+        return _default_on_cpu(pass_, problem)
+    if problem.device.type == "cuda" and max(problem.kernel) > 7:
+        # H100: dgrad 14182 us as torch's gradient, 7926 us as its forward, for 64,128,56²,31 in float16.
+        return "rearranged", "torch's gradients of large kernels are slower than its forward convolution"
+    return "torch", f"torch's own kernels on {problem.device.type}"
+
+
+def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
+    if problem.dtype == torch.float64:
+        return "torch", "float64 has one kernel on a CPU"
+    return "rearranged", "the channels_last forward kernel is the fast one on a CPU"
+
+
+def _describe(problem: Problem) -> str:
+    kind = "channels_last" if problem.channels_last else "contiguous"
+    shape, (kh, kw) = list(problem.x_shape), problem.kernel
+    return f"x {shape} {kind} {str(problem.dtype).removeprefix('torch.')} on {problem.device}, kernel {kh}x{kw}"

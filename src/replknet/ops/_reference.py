@@ -1,0 +1,32 @@
+"""The definition of the operator, tap by tap, in plain torch: the oracle of every test."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_conv2d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Stride-1 "same" depthwise convolution by its definition, with nothing of torch's convolutions in it.
+
+    y[n,c,h,w] = bias[c] + sum_ij weight[c,0,i,j] * x[n,c,h+i-Kh//2,w+j-Kw//2], zeros outside the image.
+
+    Args:
+        x: `[N, C, H, W]`, floating point; float64 makes it the oracle.
+        weight: `[C, 1, Kh, Kw]` of x's dtype, Kh and Kw odd.
+        bias: `[C]` or None.
+        activation: None or "relu".
+
+    Returns:
+        `[N, C, H, W]` in x's dtype, accumulated in x's dtype. Differentiable to any order.
+    """
+    H, W = x.shape[2:]
+    Kh, Kw = weight.shape[2:]
+    padded = F.pad(x, (Kw // 2, Kw // 2, Kh // 2, Kh // 2))
+    y = x.new_zeros(x.shape)
+    for i in range(Kh):
+        for j in range(Kw):
+            y = y + weight[:, 0, i, j].view(1, -1, 1, 1) * padded[:, :, i : i + H, j : j + W]
+    if bias is not None:
+        y = y + bias.view(1, -1, 1, 1)
+    return y.relu() if activation == "relu" else y
