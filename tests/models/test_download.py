@@ -7,13 +7,15 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import timm
 import torch
 
 from replknet._errors import RunError, UsageError
-from replknet.models import download
+from replknet.models import create_model, download
 from replknet.models.download import cache_folder, fetch_weights, local_pretrained_cfg
 from replknet.models.weights import WEIGHTS, Source
 
@@ -368,8 +370,8 @@ def test_a_weights_folder_that_is_none_is_a_usage_error(tmp_path, monkeypatch, s
 def test_processes_share_one_download(server):
     entry = entry_at(server, "slow")
     context = multiprocessing.get_context("spawn")
-    with context.Pool(3) as pool:
-        paths = pool.map(fetch_weights, [entry] * 3)
+    with context.Pool(2) as pool:
+        paths = pool.map(fetch_weights, [entry] * 2)
     assert {path.read_bytes() == FILE for path in paths} == {True}
     assert server.counts == {"slow": 1}
 
@@ -400,12 +402,97 @@ def test_progress_is_silent_without_a_terminal(server, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_timm_is_pointed_at_the_file(server, monkeypatch):
-    from timm.models import PretrainedCfg
-
+def test_configurations_with_their_own_weights_stay_as_they_are(server, monkeypatch):
     entry = entry_at(server, "good")
     monkeypatch.setitem(WEIGHTS, entry.name, entry)
-    cfg = PretrainedCfg(url=entry.sources[0].url, tag=entry.tag, architecture=entry.model)
+    cfg = timm.models.PretrainedCfg(url=entry.sources[0].url, tag=entry.tag, architecture=entry.model)
     assert local_pretrained_cfg("replknet_31b", cfg) == {"file": str(cache_folder() / "good.pth")}
     for own in ({"file": "x.pth"}, {"source": "hf-hub"}, {"source": "local-dir"}, {"url": "http://elsewhere/x.pth"}):
         assert local_pretrained_cfg("replknet_31b", replace(cfg, **own)) == {}
+
+
+def mmpretrain_layout(state: dict) -> dict:
+    names = {}
+    for name in state:
+        if name.startswith("head."):
+            names[name] = name.replace("head.", "head.fc.")
+        elif name.startswith("norm."):
+            names[name] = f"backbone.stages.3.{name}"
+        else:
+            names[name] = f"backbone.{name}"
+    return {"meta": {}, "state_dict": {names[name]: value for name, value in state.items()}}
+
+
+def a_network(name: str = "replknet_nano") -> Any:
+    torch.manual_seed(5)
+    model: Any = timm.create_model(name).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var = torch.empty_like(module.weight).uniform_(0.5, 2.0)
+    return model
+
+
+@pytest.fixture
+def serve_weights(server, monkeypatch):
+    """Make the local server the place of the weights of `model.tag`."""
+
+    def serve(contents: dict, model: str = "replknet_nano", tag: str = "untrained") -> dict[str, Any]:
+        buffer = io.BytesIO()
+        torch.save(contents, buffer)
+        monkeypatch.setattr(Handler, "good", lambda self, count: self.send_file(body=buffer.getvalue()))
+        entry = replace(entry_at(server, "good", sha=None), model=model, tag=tag)
+        monkeypatch.setitem(WEIGHTS, entry.name, entry)
+        return {"pretrained": True, "pretrained_cfg_overlay": {"url": entry.sources[0].url}}
+
+    return serve
+
+
+def images(size: int = 32) -> torch.Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+LAYOUTS = {"mmpretrain": mmpretrain_layout, "raw": dict, "wrapped": lambda state: {"model": state}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("create", [timm.create_model, create_model], ids=["timm", "replknet"])
+@torch.no_grad()
+def test_pretrained_models_come_through_the_download(serve_weights, server, layout, create):
+    original = a_network()
+    arguments = serve_weights(LAYOUTS[layout](original.state_dict()))
+    model = create("replknet_nano", **arguments).eval()
+    assert server.counts == {"good": 1}
+    assert torch.equal(model(images()), original(images()))
+    create("replknet_nano.untrained", **arguments)
+    assert server.counts == {"good": 1}, "the second model comes from the cache"
+
+
+@torch.no_grad()
+def test_pretrained_features_and_another_head_come_through_the_download(serve_weights):
+    original = a_network()
+    arguments = serve_weights(mmpretrain_layout(original.state_dict()))
+    other: Any = timm.create_model("replknet_nano", num_classes=7, in_chans=1, **arguments)
+    assert torch.equal(other.norm.running_var, original.norm.running_var)
+    features: Any = timm.create_model("replknet_nano", features_only=True, **arguments).eval()
+    assert torch.equal(features(images())[-1], original.forward_features(images()))
+
+
+@pytest.mark.parametrize("contents", [{"weight": torch.zeros(3)}, {}, {"state_dict": {"stem.0.conv.weight": None}}])
+def test_weights_of_another_network_are_refused(serve_weights, contents):
+    with pytest.raises((RunError, RuntimeError), match=r"stem|Missing|holds no weights"):
+        timm.create_model("replknet_nano", **serve_weights(contents))
+
+
+def test_a_model_without_official_weights_says_so():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for replknet_nano"):
+        timm.create_model("replknet_nano", pretrained=True)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_31b_by_its_tag_through_the_download(serve_weights, server):
+    original = a_network("replknet_31b")
+    serve_weights(mmpretrain_layout(original.state_dict()), "replknet_31b", "in1k_224")
+    model = timm.create_model("replknet_31b.in1k_224", pretrained=True).eval()
+    assert server.counts == {"good": 1}
+    assert torch.equal(model(images(64)), original(images(64)))

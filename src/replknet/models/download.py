@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from tqdm.auto import tqdm
 
 from replknet import _env
 from replknet._errors import RunError, UsageError
-from replknet.models.weights import Source, Weights, find_weights
+from replknet.models.weights import WEIGHTS, Source, Weights, find_weights
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a transfer counts as broken off."""
@@ -95,23 +96,26 @@ def verify_file(path: Path, source: Source) -> None:
         raise RunError(f"{path} is not the file of the official release: {reason}. Remove or replace it")
 
 
-def local_pretrained_cfg(name: str, pretrained_cfg: Any) -> dict[str, Any]:
-    """Overlay for timm that points a pretrained configuration at the local file, downloading it when needed.
+def local_pretrained_cfg(model: str, pretrained_cfg: PretrainedCfg) -> dict[str, Any]:
+    """Overlay for timm that points a pretrained configuration at the local file, which is downloaded when needed.
 
     Args:
-        name: the architecture, `replknet_31b`.
-        pretrained_cfg: timm's resolved `PretrainedCfg`.
+        model: the architecture, `replknet_31b`.
+        pretrained_cfg: as timm resolved it.
 
     Returns:
         `{"file": path}`, or `{}` where the configuration brings its own weights (`hf-hub:`, `local-dir:`, a file, a
         state dict, or a URL that is not the table's).
     """
+    name = f"{model}.{pretrained_cfg.tag}"
+    entry = WEIGHTS.get(name)
     if pretrained_cfg.source in ("hf-hub", "local-dir") or pretrained_cfg.file or pretrained_cfg.state_dict:
         return {}
-    if not pretrained_cfg.tag:
+    if entry is None or not pretrained_cfg.url:
         return {}
-    entry = find_weights(f"{name}.{pretrained_cfg.tag}")
-    return {"file": str(fetch_weights(entry))} if pretrained_cfg.url == entry.sources[0].url else {}
+    registered = get_pretrained_cfg(name)
+    known = {entry.sources[0].url, registered.url if registered else None}
+    return {"file": str(fetch_weights(entry))} if pretrained_cfg.url in known else {}
 
 
 def _find_local(entry: Weights) -> Path | None:
