@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +117,6 @@ class SingleImages:
     """Single images `[C, H, W]` of one size out of whatever the caller has."""
 
     def __init__(self, images: Tensor | Iterable[Any]) -> None:
-        self._source: Any = images
         self._iterator: Iterator[Tensor] = _flatten(images)
         self._size: tuple[int, ...] | None = None
 
@@ -131,11 +130,7 @@ class SingleImages:
         return first
 
     def skip(self, count: int) -> None:
-        """Pass over images that an earlier run has seen, without decoding them where the source allows it."""
-        start: Any = getattr(self._source, "start_at", None)
-        if count and callable(start):
-            self._iterator = _flatten(cast("Iterable[Any]", start(count)))
-            return
+        """Pass over images that an earlier run has seen."""
         for _ in range(count):
             if not self.take(1):
                 return

@@ -200,8 +200,19 @@ class _CentreGradients:
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         x = x.requires_grad_()
         with torch.enable_grad():
-            centres = self._centres(x)
+            centres = self._centres(x) if self.feature_size else self._first_centres(x)
             return {name: self._contribution(x, centres[name], name == self.names[-1]) for name in self.names}
+
+    def _first_centres(self, x: Tensor) -> dict[str, Tensor]:
+        """The first pass, in which networks built for one size say that they cannot take another."""
+        try:
+            return self._centres(x)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(
+                f"{type(self.model).__name__} cannot run on images of {x.shape[2]} × {x.shape[3]}: {error}"
+            ) from error
 
     def _centres(self, x: Tensor) -> dict[str, Tensor]:
         size, centres = (x.shape[2], x.shape[3]), {}

@@ -149,9 +149,6 @@ def _token_grid(tokens: int, image_size: tuple[int, int], prefix_tokens: int | N
 
 
 def _last_layer(model: nn.Module, sample: Tensor) -> str:
-    # The release looks at RepLKNet's last stage before the closing norm; timm's forward_features is behind it.
-    if hasattr(model, "set_grad_checkpointing") and type(model).__name__ == "RepLKNet":
-        return _feature_info(model)[-1]
     if callable(getattr(model, "forward_features", None)):
         return FORWARD_FEATURES
     maps = _watch(model, sample)

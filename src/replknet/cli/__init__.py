@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from replknet._errors import UsageError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "train": "train or fine-tune a classifier",
+    "erf": "measure and draw effective receptive fields of any network",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
