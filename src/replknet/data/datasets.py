@@ -23,6 +23,7 @@ from replknet._errors import RunError, UsageError
 from replknet.data.embedded import DigitsSet
 from replknet.data.folders import FlatSet, FolderSet, has_class_folders, split_folder
 from replknet.data.images import load_image
+from replknet.data.sampler import world
 from replknet.data.samples import ImageSet
 from replknet.data.streams import ImageStream, ReaderStream, ShardSet, find_shards
 
@@ -89,7 +90,7 @@ def _local(source: str, split: str, labels: str | Path | None, num_classes: int 
         return FlatSet(folder, Path(labels), num_classes=num_classes)
     if not has_class_folders(folder) and any(item.is_file() for item in folder.iterdir()):
         raise UsageError(
-            f"{folder}: files and no class folders; for a flat folder of pictures give a label list (labels=FILE)"
+            f"{folder}: files and no class folders; a flat folder of pictures needs a label list (labels=FILE)"
         )
     return FolderSet(folder)
 
@@ -141,8 +142,9 @@ class ReaderSet:
         return f"{self._name}[{index}]"
 
     def read(self, index: int, in_chans: int) -> tuple[Image.Image, int]:
-        picture, target, *_ = self._reader[index]
-        return load_image(picture, in_chans=in_chans, name=self.name(index)), int(target)
+        file, target, *_ = self._reader[index]
+        with file:
+            return load_image(file, in_chans=in_chans, name=self.name(index)), int(target)
 
 
 def _timm_reader(
@@ -156,10 +158,18 @@ def _timm_reader(
     seed: int,
     download: bool,
 ) -> ImageSet | ImageStream:
+    name = source.partition("/")[2]
     stream = {"num_samples": num_samples, "is_training": training, "batch_size": batch_size, "seed": seed}
     options: dict[str, Any] = {} if scheme == "hfds" else stream
     if scheme in ("hfids", "tfds"):
         options["download"] = download
+    if scheme == "wds":
+        root, _, split = name.rpartition("/")
+    if not training and scheme != "hfids" and world()[1] > 1 and scheme != "hfds":
+        raise UsageError(
+            f"{source}: this reader cannot split an evaluation exactly over {world()[1]} processes; "
+            "use one, or a local copy"
+        )
     missing = f"{source}: needs a package that is not installed: pip install {_PACKAGES[scheme]}"
     try:
         reader = create_reader(source, root=None if root is None else str(root), split=split, **options)

@@ -16,6 +16,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 class BrokenImageError(RunError):
     """A picture that cannot be read; the message names it and says why."""
 
+    def __init__(self, message: str):
+        # A DataLoader rebuilds a worker's exception from its whole traceback, whose last line is the message.
+        last = message.strip().splitlines()[-1]
+        super().__init__(last.rpartition("BrokenImageError: ")[2])
+
 
 def is_image_name(name: str) -> bool:
     """By suffix, whatever its case; hidden files (a leading dot) are not pictures."""

@@ -171,7 +171,7 @@ class ImageData(lightning.LightningDataModule):
         progress = self.trainer.fit_loop
         batch_number = progress.epoch_loop.batch_progress.current.ready
         place = (world()[0], progress.epoch_progress.current.completed, batch_number)
-        with seeded(mix_seed(self.seed, *place)):
+        with seeded(mix_seed(self.seed, *place), images.device):
             return self._device(images, training=True), *rest
 
     def state_dict(self) -> dict[str, Any]:

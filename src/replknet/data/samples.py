@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from replknet._errors import RunError
 from replknet.data.images import BrokenImageError
 from replknet.data.sampler import PADDING, SampleKey, mix_seed
 from replknet.data.transforms import ImageFormat, Transform
@@ -124,7 +123,7 @@ class Samples(Dataset):
             return self._transform(picture, epoch, index), target
         if self.seed is None:
             return self._blank(), IGNORE
-        raise RunError(f"{_NEIGHBOURS} pictures in a row cannot be read, from {self.images.name(index)} on")
+        raise BrokenImageError(f"{_NEIGHBOURS} pictures in a row cannot be read, from {self.images.name(index)} on")
 
     def _transform(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
         if self.seed is None:
@@ -138,19 +137,29 @@ class Samples(Dataset):
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of Python, NumPy and torch (CPU) from `seed` inside; the states from before come back after."""
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers of Python, NumPy and torch from `seed` inside; the states from before come back after.
+
+    Of torch's generators: the CPU's, and that of `device` if it is a GPU.
+    """
+    gpu = device if device is not None and device.type == "cuda" else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_state = torch.cuda.get_rng_state(gpu) if gpu is not None else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed would also touch every GPU generator.
+    # torch.manual_seed would also touch every GPU's generator.
     torch.default_generator.manual_seed(seed)
+    if gpu is not None:
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)
 
 
 def _remove(path: str, owner: int) -> None:

@@ -172,6 +172,7 @@ class StreamSamples(IterableDataset):
         return sum(self._evaluation_batches(worker) for worker in range(self.workers))
 
     def __len__(self) -> int:
+        """Pictures of an epoch on this process, padding included: a DataLoader divides it into `batches()`."""
         return self.batches() * self.batch_size
 
     def __iter__(self) -> Iterator:
@@ -206,7 +207,7 @@ class StreamSamples(IterableDataset):
                 found += 1
                 yield picture, label
             if not found:
-                raise RunError("a worker found no readable picture in its part of the stream; use fewer workers")
+                raise BrokenImageError("a worker found no readable picture in its part of a stream; use fewer workers")
 
     def _evaluate(self, worker: int) -> Iterator:
         done = 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from PIL import Image, ImageOps
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
@@ -205,7 +206,20 @@ def _small_image_transform(image: ImageFormat, augmentation: Augmentation, norma
 
 def _timm(**options: Any) -> Any:
     # Its annotation is a union with a kind of transform that these options never give.
-    return create_transform(**options)
+    made: Any = create_transform(**options)
+    for part in made if isinstance(made, tuple) else (made,):
+        for step in part.transforms:
+            for operation in getattr(step, "ops", ()):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+    return made
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize; at full strength it keeps 0 bits, which Pillow 13 refuses and older ones turn black."""
+    if bits < 1:
+        return Image.new(picture.mode, picture.size)
+    return picture if bits >= 8 else ImageOps.posterize(picture, bits)
 
 
 def _per_channel(name: str, values: Sequence[float] | float, in_chans: int) -> tuple[float, ...]:
