@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from replknet._errors import UsageError
 
 COMMANDS: dict[str, str] = {
+    "models": "list the models and all official weights, with costs and scores",
+    "info": "show one model part by part",
     "train": "train or fine-tune a classifier",
     "erf": "measure and draw effective receptive fields of any network",
 }
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("replknet: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # noqa: BLE001 - the one place where any failure becomes one clear line
+    except Exception as error:
         if debug:
             raise
         print(f"replknet: {_one_line(error)}", file=sys.stderr)

@@ -78,6 +78,9 @@ class Weights:
     scores: tuple[Score, ...] = ()
     method: str | None = None
     """Head or detector around the backbone; None for classification."""
+    published_cost: tuple[float, float, tuple[int, int]] | None = None
+    """Millions of parameters, 1e9 multiply-adds and the size (height, width) they were counted at, with head or
+    detector, as the release prints them; those of classifiers are counted by `replknet.analysis.complexity`."""
     note: str | None = None
 
     @property
@@ -142,6 +145,7 @@ def _dense(
     method: str,
     trained_on: tuple[str, ...],
     scores: dict[str, float],
+    published_cost: tuple[float, float, tuple[int, int]],
 ) -> Weights:
     mean, std = _INCEPTION if model == "replknet_xl" else _IMAGENET
     return Weights(
@@ -158,6 +162,7 @@ def _dense(
         trained_on=trained_on,
         scores=tuple(Score(metric, value, trained_on[-1], "release README") for metric, value in scores.items()),
         method=method,
+        published_cost=published_cost,
     )
 
 
@@ -291,6 +296,7 @@ _SEGMENTATION = (
         "UperNet",
         (_1K, _CITY),
         {"mIoU": 83.1, "mIoU multi-scale": 83.5},
+        (110, 2315, (512, 2048)),
     ),
     _dense(
         "replknet_31b",
@@ -302,6 +308,7 @@ _SEGMENTATION = (
         "UperNet",
         (_1K, _ADE),
         {"mIoU": 49.9, "mIoU multi-scale": 50.6},
+        (112, 1170, (512, 2048)),
     ),
     _dense(
         "replknet_31b",
@@ -313,6 +320,7 @@ _SEGMENTATION = (
         "UperNet",
         (_22K, _ADE),
         {"mIoU": 51.5, "mIoU multi-scale": 52.3},
+        (112, 1829, (640, 2560)),
     ),
     _dense(
         "replknet_31l",
@@ -324,6 +332,7 @@ _SEGMENTATION = (
         "UperNet",
         (_22K, _ADE),
         {"mIoU": 52.4, "mIoU multi-scale": 52.7},
+        (207, 2404, (640, 2560)),
     ),
     _dense(
         "replknet_xl",
@@ -335,6 +344,7 @@ _SEGMENTATION = (
         "UperNet",
         (_73M, _ADE),
         {"mIoU": 55.2, "mIoU multi-scale": 56.0},
+        (374, 3431, (640, 2560)),
     ),
 )
 
@@ -349,6 +359,7 @@ _DETECTION = (
         "FCOS",
         (_1K, _COCO),
         {"AP box": 47.0},
+        (87, 437, (800, 1280)),
     ),
     _dense(
         "replknet_31b",
@@ -360,6 +371,7 @@ _DETECTION = (
         "Cascade Mask R-CNN",
         (_1K, _COCO),
         {"AP box": 52.2, "AP mask": 45.2},
+        (137, 965, (800, 1280)),
     ),
     _dense(
         "replknet_31b",
@@ -371,6 +383,7 @@ _DETECTION = (
         "Cascade Mask R-CNN",
         (_22K, _COCO),
         {"AP box": 53.0, "AP mask": 46.0},
+        (137, 965, (800, 1280)),
     ),
     _dense(
         "replknet_31l",
@@ -382,6 +395,7 @@ _DETECTION = (
         "Cascade Mask R-CNN",
         (_22K, _COCO),
         {"AP box": 53.9, "AP mask": 46.5},
+        (229, 1321, (800, 1280)),
     ),
     _dense(
         "replknet_xl",
@@ -393,6 +407,7 @@ _DETECTION = (
         "Cascade Mask R-CNN",
         (_73M, _COCO),
         {"AP box": 55.5, "AP mask": 48.0},
+        (392, 1958, (800, 1280)),
     ),
 )
 
