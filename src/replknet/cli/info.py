@@ -10,7 +10,7 @@ which is what runs after training, unless `--form` says otherwise.
 
 import json
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
 
 
 def _build(name: str, num_classes: int | None, form: str) -> nn.Module:
-    own = {"form": form} if name.partition(".")[0] in ARCHITECTURES else {}
+    own: dict[str, Any] = {"form": form} if name.partition(".")[0] in ARCHITECTURES else {}
     try:
         with torch.device("meta"):
             return create_model(name, num_classes=num_classes, **own).eval()
@@ -64,7 +64,7 @@ def _input_size(name: str, size: list[int] | int | None) -> tuple[int, int, int]
     sides = [size, size] if isinstance(size, int) else size
     if len(sides) != 2 or min(sides) < 1:
         raise UsageError(f"--size takes one positive number or [height, width]; got {size}")
-    return (default[0], *sides)
+    return (default[0], sides[0], sides[1])
 
 
 def _text(name: str, cost: Complexity) -> str:

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from replknet.analysis.model_table import Row, model_table
 from replknet.cli._tables import number, table
+from replknet.models.weights import Score
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,7 +41,9 @@ def run(args: Namespace) -> None:
 
 def _cells(row: Row) -> tuple[str, ...]:
     height, width = row.input_size[1:]
-    own_size = row.cost_size == row.input_size[1:]
+    flops = f"{row.gmacs:.2f}" if row.gmacs >= 1 else f"{row.gmacs:.3f}"
+    if row.cost_size != row.input_size[1:]:
+        flops = f"{row.gmacs:.0f} at {row.cost_size[0]}x{row.cost_size[1]}"
     return (
         row.name,
         " > ".join(row.trained_on) or "untrained",
@@ -48,14 +51,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         ", ".join(f"{score.metric} {number(score.value)}" for score in _published(row)),
         str(height) if height == width else f"{height}x{width}",
         f"{row.params:.1f}",
-        f"{row.gmacs:.2f}"
-        if own_size and row.gmacs >= 1
-        else f"{row.gmacs:.3f}"
-        if own_size
-        else f"{row.gmacs:.0f} at {row.cost_size[0]}x{row.cost_size[1]}",
+        flops,
     )
 
 
-def _published(row: Row):
+def _published(row: Row) -> list[Score]:
     """Scores without those that others measured again."""
     return [score for score in row.scores if score.source != "mmpretrain"]
