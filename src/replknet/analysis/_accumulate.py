@@ -1,7 +1,6 @@
 """The bookkeeping of a long average over images: single images out of any source, sums, and sums on disk."""
 
 import hashlib
-import io
 import json
 import logging
 import time
@@ -10,13 +9,14 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from replknet._errors import RunError, UsageError
-from replknet.analysis._files import write_atomically
+from replknet._files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ class State:
         if self.path is None or not self.path.exists():
             return 0
         try:
-            with np.load(self.path, allow_pickle=False) as stored:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 values = {key: stored[key] for key in stored.files}
             theirs = json.loads(str(values["fingerprint"]))
             sums = {name: values[f"sum/{name}"] for name in theirs["layers"]}
             sizes = {name: tuple(int(side) for side in values[f"size/{name}"]) for name in theirs["layers"]}
             count, not_finite = int(values["count"]), int(values["not_finite"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise RunError(f"{self.path} is no readable state file ({error}); remove it to start anew") from error
         differs = sorted(key for key in self.fingerprint if theirs.get(key) != self.fingerprint[key])
         if differs:
@@ -94,7 +94,6 @@ class State:
 
     def save(self) -> None:
         assert self.path is not None
-        buffer = io.BytesIO()
         sums = {f"sum/{name}": matrix for name, matrix in self.total.sums.items()}
         sizes = {f"size/{name}": np.array(size) for name, size in self.total.feature_size.items()}
         arrays: dict[str, Any] = {
@@ -104,8 +103,8 @@ class State:
             **sums,
             **sizes,
         }
-        np.savez(buffer, **arrays)
-        write_atomically(self.path, buffer.getvalue())
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
         self.saved = time.monotonic()
 
     def remove(self) -> None:

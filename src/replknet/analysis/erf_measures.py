@@ -141,8 +141,9 @@ def radial_profile(matrix: np.ndarray) -> RadialProfile:
     ring = np.rint(np.hypot(y - h // 2, x - w // 2)).astype(np.int64).ravel()
     mass = np.bincount(ring, weights=magnitude.ravel())
     pixels = np.bincount(ring)
-    cumulative = np.cumsum(mass) / magnitude.sum()
-    return RadialProfile(np.arange(len(mass)), mass / np.maximum(pixels, 1), np.minimum(cumulative, 1.0))
+    running = np.cumsum(mass)
+    # Divided by its own last entry, not by the matrix's sum, the share ends at exactly 1.
+    return RadialProfile(np.arange(len(mass)), mass / np.maximum(pixels, 1), running / running[-1])
 
 
 def support(matrix: np.ndarray) -> tuple[int, int]:

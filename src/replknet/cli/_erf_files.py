@@ -1,6 +1,5 @@
 """What `replknet erf` writes and prints."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from replknet._errors import UsageError
-from replknet.analysis._files import write_atomically
+from replknet._files import replacing, write_text
 from replknet.analysis.erf import ErfResult
 from replknet.analysis.erf_measures import Area, measure
 from replknet.analysis.erf_record import LOG_WARNING, record, warnings_about
@@ -46,11 +45,10 @@ class OutputFolder:
     def write(self, entry: Entry) -> None:
         """Matrix, account and heatmap of one entry."""
         stem = file_stem(entry.label)
-        buffer = io.BytesIO()
-        np.save(buffer, entry.result.matrix)
-        write_atomically(self.path / f"{stem}.npy", buffer.getvalue())
+        with replacing(self.path / f"{stem}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, entry.result.matrix)
         account = record(entry.result, entry.measures, entry.field, entry.how, [*entry.warnings, LOG_WARNING])
-        write_atomically(self.path / f"{stem}.json", json.dumps(account, indent=1) + "\n")
+        write_text(self.path / f"{stem}.json", json.dumps(account, indent=1) + "\n")
         figure = figures.heatmap(entry.result, scale=self._scale, title=entry.label)
         figures.save(figure, self.path / f"{stem}.{self._format}")
 

@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from replknet._errors import RunError, UsageError
-from replknet.analysis._files import write_atomically
+from replknet._files import write_text
 from replknet.analysis.erf import ErfResult, Score, Variant, effective_receptive_fields
 from replknet.analysis.erf_record import LOG_WARNING
 from replknet.analysis.features import Layout
@@ -125,7 +125,7 @@ def run(args: Namespace) -> None:
     folder = OutputFolder(args.output, args.format, args.scale)
     options = {key: value for key, value in vars(args).items() if key not in ("config", "MODEL", "models")}
     config = {"models": [*args.MODEL, *args.models], **options}
-    write_atomically(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     entries = []
     for source in sources:
         for untrained in (False, True) if args.untrained and _is_trained(source) else (False,):

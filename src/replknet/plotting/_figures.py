@@ -1,6 +1,5 @@
 """What all figures share: a quiet style, and saving without leaving half a file."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from replknet._errors import UsageError
-from replknet.analysis._files import write_atomically
+from replknet._files import replacing
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -54,10 +53,8 @@ def save(figure: Figure, path: Path | str, *, dpi: int = 200) -> Path:
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
         raise UsageError(f"figures are written as {', '.join(FORMATS)}; got {path.name!r}")
-    buffer = io.BytesIO()
     # Without dates, the same figure is the same file.
     metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[suffix]
-    with style():
-        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
-    write_atomically(path, buffer.getvalue())
+    with style(), replacing(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
     return path

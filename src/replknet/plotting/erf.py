@@ -72,7 +72,7 @@ def grid(
     if not matrices:
         raise ValueError("there is nothing to draw: give at least one matrix")
     arrays = {name: _array(matrix) for name, matrix in matrices.items()}
-    columns = columns or min(len(arrays), 4)
+    columns = columns or -(-len(arrays) // -(-len(arrays) // 4))
     rows = -(-len(arrays) // columns)
     with style():
         figure = new_figure(2.3 * columns, 2.55 * rows + 0.5)
