@@ -14,7 +14,9 @@ from replknet._errors import UsageError
 COMMANDS: dict[str, str] = {
     "models": "list the models and all official weights, with costs and scores",
     "info": "show one model part by part",
+    "convert": "convert weights between official, timm and mmpretrain, and merge them",
     "train": "train or fine-tune a classifier",
+    "eval": "score a classifier on a data set, before and after merging",
     "erf": "measure and draw effective receptive fields of any network",
 }
 
