@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "info": "show one model part by part",
     "convert": "convert weights between official, timm and mmpretrain, and merge them",
     "train": "train or fine-tune a classifier",
+    "predict": "name what is in pictures",
+    "demo": "train, score, merge and look into a small network on real pictures, in minutes",
     "eval": "score a classifier on a data set, before and after merging",
     "erf": "measure and draw effective receptive fields of any network",
 }

@@ -1,0 +1,51 @@
+"""Signals that ask a run to stop: remembered at once, obeyed at the end of the step.
+
+Saving inside a signal handler can hang on a lock that the interrupted code holds, so the handler only sets a flag.
+"""
+
+import signal
+import threading
+from types import FrameType
+
+from replknet._errors import RunError
+
+# SIGTERM: SLURM, Kubernetes, systemd. SIGUSR1 and SIGUSR2: the warning before a SLURM time limit (submitit sends
+# SIGUSR2). SIGINT: Ctrl-C.
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+
+
+class RunStoppedError(RunError):
+    """Training was asked to stop, has saved `checkpoints/last.ckpt`, and can go on with `--resume auto`."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; everything is saved: go on with --resume auto")
+        self.signum = signum
+
+
+class StopRequest:
+    """Listens for stop signals between `listen` and `close`; a second Ctrl-C interrupts without saving."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def listen(self) -> None:
+        """Install the handlers; does nothing outside the main thread, where Python forbids it."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            if signum not in self._previous:
+                self._previous[signum] = signal.getsignal(signum)
+            signal.signal(signum, self._remember)
+
+    def close(self) -> None:
+        """Put the earlier handlers back."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._previous = {}
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
