@@ -163,10 +163,8 @@ def _take_form(tensors: StateDict, form: Form | None, source: str) -> tuple[Form
         got = reparameterize(network, fold_norms=form == "fused")(probe)
     difference = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
     dtype = tensors["stem.0.conv.weight"].dtype
-    changed = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in network.state_dict().items()
-    }
+    state = network.state_dict()
+    changed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     return form, changed, difference
 
 
