@@ -1,0 +1,360 @@
+"""From a problem to a launch: tile shapes, shared memory, grid. Pure arithmetic, testable without a GPU.
+
+The constants of a kernel's template are computed here a second time; `tests/ops/cuda/test_plan.py` holds both to each other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from replknet.ops.cuda._launch import Gpu, Launch
+
+FORWARD = ("common.cuh", "forward.cu")
+WEIGHT_GRAD = ("common.cuh", "weight_grad.cu")
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+LARGEST_KERNEL = 63
+_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution as the kernels see it.
+
+    Attributes:
+        n, c, h, w: sizes of x.
+        kh, kw: kernel size, odd.
+        dtype: float16, bfloat16 or float32.
+        planes: bfloat16 planes that carry a float32 (2: the accuracy of TF32 and better, 3: float32's); 1 otherwise.
+        align: largest power of two, at most 16, that divides the addresses of all rows in bytes.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    kh: int
+    kw: int
+    dtype: torch.dtype
+    planes: int
+    align: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column blocks of 8: `inputs` are loaded, `outputs` computed, output block 0 lies at input block `offset`."""
+
+    inputs: int
+    outputs: int
+    offset: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """A launch of the forward kernel and the arguments that depend on its tile shape."""
+
+    launch: Launch
+    item_images: int
+    item_rows: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class WeightGradPlan:
+    """A launch of the weight-gradient kernel, its tile arguments, and the number of partial sums to add."""
+
+    launch: Launch
+    item_images: int
+    item_rows: int
+    x_stride: int
+    y_stride: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class ForwardTile:
+    """Tuning parameters of the forward kernel.
+
+    Attributes:
+        images: images of a tile (16, 8, 4, 2 or 1); its other lanes are rows.
+        tiles: row tiles of a task.
+        groups: groups of `images` of an item.
+        warps, producers, stages, blocks: consumer and producer warps, stages of the ring, blocks a multiprocessor.
+    """
+
+    images: int
+    tiles: int
+    groups: int
+    warps: int
+    producers: int
+    stages: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class WeightGradTile:
+    """Tuning parameters of the weight-gradient kernel: as `ForwardTile`; `pairs` kernel row pairs a warp, `shared` output
+    rows that share rows of x, `slices` warps that share the rows for the same kernel rows."""
+
+    images: int
+    pairs: int
+    shared: int
+    groups: int
+    slices: int
+    producers: int
+    stages: int
+    blocks: int
+
+
+def columns_of(w: int, kw: int) -> Columns:
+    """How the columns are cut: whole rows up to 64 columns, else tiles with the kernel's halo on both sides."""
+    blocks = math.ceil(w / 8)
+    if blocks <= 8:
+        return Columns(blocks, blocks, 0, 1)
+    tiles = math.ceil(blocks / 8)
+    outputs, halo = math.ceil(blocks / tiles), band(kw)
+    return Columns(outputs + 2 * halo, outputs, halo, math.ceil(blocks / outputs))
+
+
+def band(k: int) -> int:
+    """Largest distance in column blocks at which a kernel of k columns reaches another block."""
+    return (k // 2 + 7) // 8
+
+
+def deltas(kw: int, columns: Columns) -> tuple[int, int]:
+    """Smallest and largest (input block - output block) that is not zero and occurs."""
+    reach = band(kw)
+    return max(-reach, 1 - columns.outputs - columns.offset), min(reach, columns.inputs - 1 - columns.offset)
+
+
+def table_bytes(kh: int, kw: int, columns: Columns, planes: int) -> int:
+    """Shared memory of one channel's table of Toeplitz fragments."""
+    (low, high), p = deltas(kw, columns), kw // 2
+    smallest, largest = 8 * low - 7 + p, 8 * high + 6 + p
+    offset = (1 - smallest) // 2 * 2 if smallest < 0 else -(smallest // 2 * 2)
+    copy = _round_up((kh + 1) // 2 * ((largest + offset) // 2 + 1) * 8, 128) + 64
+    return _round_up(planes * 2 * copy, 128)
+
+
+def image_stride(rows: int, blocks: int, images: int) -> tuple[int, int]:
+    """Bytes between rows and between images in shared memory, so that eight lanes never meet in a bank."""
+    pitch = (blocks if images >= 8 else blocks | 1) * 16
+    slots = rows * pitch // 16
+    step, wanted = {16: (2, 1), 8: (2, 1), 4: (8, 2), 2: (8, 4), 1: (1, 0)}[images]
+    return pitch, (slots + (wanted - slots) % step) * 16
+
+
+def copy_width(shape: Shape) -> int:
+    """Bytes of one asynchronous copy; 2: elements go through registers."""
+    return 2 if shape.dtype == torch.float32 else max(2, min(16, shape.align))
+
+
+def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> ForwardPlan:
+    """The launch for one forward convolution or input gradient."""
+    tile = tile or default_forward_tile(shape, gpu)
+    columns, images = columns_of(shape.w, shape.kw), tile.images * tile.groups
+    rows = _item_rows(shape, gpu, tile, columns)
+    stage, stride = _forward_stage(shape, columns, tile, rows)
+    zero = _round_up(columns.inputs * 16, 128)
+    width = copy_width(shape)
+    store = 1 if shape.w % 2 else 4 if shape.dtype != torch.float32 and shape.w % 4 == 0 else 2
+    template = (
+        DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
+        tile.images, tile.tiles, width, store, tile.warps, tile.producers, tile.stages, tile.blocks,
+    )  # fmt: skip
+    items = shape.c * columns.tiles * math.ceil(shape.h / rows) * math.ceil(shape.n / images)
+    launch = Launch(
+        FORWARD,
+        f"forward_nchw<{', '.join(map(str, template))}>",
+        (min(items, gpu.multiprocessors * tile.blocks), 1, 1),
+        (tile.warps + tile.producers) * 32,
+        _HEAD + zero + tile.stages * stage,
+    )
+    return ForwardPlan(launch, images, rows, stride)
+
+
+def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
+    """Tile chosen by rule; the rules follow measurements on an H100 (`benchmarks/results/`).
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    columns, most = columns_of(shape.w, shape.kw), min(16, 1 << (shape.n - 1).bit_length())
+    wide_band = band(shape.kw) > 2 and columns.offset
+    if columns.inputs == 1:
+        tiles, settings = 4, [(4, 4, 2, 3), (4, 4, 1, 1)]
+    elif columns.inputs == 2:
+        tiles, settings = 4, [(4, 4, 3, 2), (4, 4, 1, 1)]
+    else:
+        tiles, settings = 1 if shape.kh <= 8 or wide_band else 2, [(12, 4, 2, 1), (12, 4, 1, 1)]
+    for warps, producers, stages, blocks in settings:
+        for images in (size for size in (16, 8, 4, 2, 1) if size <= most):
+            for groups in _groups(shape, images) if columns.inputs <= 2 else (1,):
+                tile = ForwardTile(images, tiles, groups, warps, producers, stages, blocks)
+                if images == 1 or _forward_fits(shape, gpu, tile, columns, shape.h):
+                    tile = _spread(shape, gpu, tile, columns)
+                    if _forward_fits(shape, gpu, tile, columns, min(shape.h, _row_step(tile))):
+                        return tile
+    raise NotImplementedError(_too_large(shape, gpu))
+
+
+def _spread(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> ForwardTile:
+    """Fewer tiles and images an item where there are too few tasks to fill the multiprocessors."""
+    tasks = (
+        shape.c
+        * columns.tiles
+        * math.ceil(shape.n / tile.images)
+        * math.ceil(shape.h / (16 // tile.images * tile.tiles))
+    )
+    if tasks >= 8 * gpu.multiprocessors:
+        return tile
+    return ForwardTile(tile.images, 1, 1, min(4, tile.warps), 4, tile.stages, 1)
+
+
+def _groups(shape: Shape, images: int) -> tuple[int, ...]:
+    """Groups an item: up to 64 images, so that a channel's table is built once for many small images."""
+    most = max(1, min(64, shape.n) // images)
+    return tuple(g for g in (64, 32, 16, 8, 4, 2, 1) if g <= most)
+
+
+def _row_step(tile: ForwardTile | WeightGradTile) -> int:
+    return max(2, 16 // tile.images) * (tile.tiles if isinstance(tile, ForwardTile) else 2)
+
+
+def _budget(gpu: Gpu, blocks: int) -> int:
+    """Shared memory of one of several blocks on a multiprocessor, which reserves 1 KiB for each."""
+    return gpu.shared_bytes if blocks == 1 else (gpu.shared_bytes + 1024) // blocks - 1024
+
+
+def _too_large(shape: Shape, gpu: Gpu) -> str:
+    return (
+        f"a {shape.kh}x{shape.kw} kernel on {shape.h}x{shape.w} maps in {shape.dtype} needs more shared memory than the "
+        f"{gpu.shared_bytes} bytes of this GPU ({gpu.arch})"
+    )
+
+
+def _item_rows(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> int:
+    """Output rows of an item: all, or as many as leave room for the stages and work for every multiprocessor."""
+    items = shape.c * columns.tiles * math.ceil(shape.n / (tile.images * tile.groups))
+    step = _row_step(tile)
+    cuts = math.ceil(gpu.multiprocessors / items)
+    rows = min(shape.h, _round_up(math.ceil(shape.h / cuts), step))
+    while rows > step and not _forward_fits(shape, gpu, tile, columns, rows):
+        rows = min(_round_up(rows // 2, step), rows - 1)
+    return rows
+
+
+def _forward_fits(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns, rows: int) -> bool:
+    stage, _ = _forward_stage(shape, columns, tile, rows)
+    return _HEAD + _round_up(columns.inputs * 16, 128) + tile.stages * stage <= _budget(gpu, tile.blocks)
+
+
+def _forward_stage(shape: Shape, columns: Columns, tile: ForwardTile, rows: int) -> tuple[int, int]:
+    window = min(shape.h, rows + 2 * (shape.kh // 2))
+    _, stride = image_stride(window, columns.inputs, tile.images)
+    table = table_bytes(shape.kh, shape.kw, columns, shape.planes)
+    return table + shape.planes * stride * tile.images * tile.groups, stride
+
+
+def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None) -> WeightGradPlan:
+    """The launch for one weight gradient."""
+    tile = tile or default_weight_grad_tile(shape, gpu)
+    columns, images = columns_of(shape.w, shape.kw), tile.images * tile.groups
+    rows = _weight_grad_rows(shape, gpu, tile, columns)
+    _, x_stride, y_stride = _weight_grad_stage(shape, columns, tile, rows)
+    warps = _weight_grad_warps(shape, tile)
+    template = (
+        DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
+        tile.images, tile.pairs, tile.shared, copy_width(shape), warps, tile.producers, tile.stages, tile.blocks,
+    )  # fmt: skip
+    items = columns.tiles * math.ceil(shape.h / rows) * math.ceil(shape.n / images)
+    splits = _splits(shape.c, items, gpu.multiprocessors * tile.blocks)
+    launch = Launch(
+        WEIGHT_GRAD,
+        f"weight_grad_nchw<{', '.join(map(str, template))}>",
+        (shape.c, splits, 1),
+        (warps + tile.producers) * 32,
+        _weight_grad_shared(shape, columns, tile, rows),
+    )
+    return WeightGradPlan(launch, images, rows, x_stride, y_stride, splits)
+
+
+def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
+    """Tile chosen by rule; the rules follow measurements on an H100 (`benchmarks/results/`).
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    columns, most = columns_of(shape.w, shape.kw), min(16, 1 << (shape.n - 1).bit_length())
+    pairs, wide = (shape.kh + 1) // 2, band(shape.kw) > 2
+    if columns.inputs == 1:
+        a_warp, wanted, settings = 4, 2, [(2, 1, 8), (2, 1, 4), (2, 1, 1)]
+    elif columns.inputs == 2:
+        a_warp, wanted, settings = 4 if wide else 7, 2, [(2, 3, 4), (2, 1, 1)]
+    elif columns.inputs <= 4:
+        a_warp, wanted, settings = 2 if wide else 4, 4, [(2, 3, 2), (2, 1, 1)]
+    else:
+        a_warp, wanted, settings = 2, 8, [(4, 2, 1), (4, 1, 1)]
+    a_warp = min(max(a_warp, math.ceil(pairs / 16)), pairs)
+    slices = max(1, wanted // math.ceil(pairs / a_warp))
+    for producers, stages, blocks in settings:
+        for images in (size for size in (16, 8, 4, 2, 1) if size <= most):
+            for groups in _groups(shape, images) if columns.inputs == 1 else (1,):
+                tile = WeightGradTile(
+                    images, a_warp, 2 if images >= 8 else 1, groups, slices, producers, stages, blocks
+                )
+                rows = shape.h if images > 1 else min(shape.h, _row_step(tile))
+                if _weight_grad_fits(shape, gpu, tile, columns, rows):
+                    return tile
+    raise NotImplementedError(_too_large(shape, gpu))
+
+
+def _weight_grad_rows(shape: Shape, gpu: Gpu, tile: WeightGradTile, columns: Columns) -> int:
+    rows, step = shape.h, _row_step(tile)
+    while rows > step and not _weight_grad_fits(shape, gpu, tile, columns, rows):
+        rows = min(_round_up(rows // 2, step), rows - 1)
+    return rows
+
+
+def _weight_grad_fits(shape: Shape, gpu: Gpu, tile: WeightGradTile, columns: Columns, rows: int) -> bool:
+    return _weight_grad_shared(shape, columns, tile, rows) <= _budget(gpu, tile.blocks)
+
+
+def _weight_grad_shared(shape: Shape, columns: Columns, tile: WeightGradTile, rows: int) -> int:
+    stage, _, _ = _weight_grad_stage(shape, columns, tile, rows)
+    zero = _round_up(max(columns.inputs, columns.outputs + 1) * 16, 128)
+    # The fragments of two column blocks are loaded at once: the last may reach 16 bytes past the stage.
+    return _HEAD + zero + max(tile.stages * stage, _reduction_bytes(shape, columns, tile)) + 128
+
+
+def _weight_grad_stage(shape: Shape, columns: Columns, tile: WeightGradTile, rows: int) -> tuple[int, int, int]:
+    window = min(shape.h, rows + 2 * (shape.kh // 2))
+    _, x_stride = image_stride(window, columns.inputs, tile.images)
+    _, y_stride = image_stride(rows, columns.outputs, tile.images)
+    return shape.planes * (x_stride + y_stride) * tile.images * tile.groups, x_stride, y_stride
+
+
+def _weight_grad_warps(shape: Shape, tile: WeightGradTile) -> int:
+    return math.ceil((shape.kh + 1) // 2 / tile.pairs) * tile.slices
+
+
+def _reduction_bytes(shape: Shape, columns: Columns, tile: WeightGradTile) -> int:
+    (low, high), warps = deltas(shape.kw, columns), _weight_grad_warps(shape, tile)
+    rows = warps * tile.pairs * 2
+    return (rows * shape.kw + 1 + warps * (high - low + 1) * 64) * 4
+
+
+def _splits(channels: int, items: int, slots: int) -> int:
+    """Blocks a channel: the fewest that keep the multiprocessors within a tenth of evenly busy, at most one an item."""
+    best, best_waste = 1, math.inf
+    for splits in range(1, min(items, 65535, max(1, 4 * slots // channels) + 1) + 1):
+        rounds = math.ceil(channels * splits / slots)
+        waste = rounds * math.ceil(items / splits) * slots / (channels * items)
+        if waste < best_waste - 0.1:
+            best, best_waste = splits, waste
+    return best
+
+
+def _round_up(value: int, step: int) -> int:
+    return math.ceil(value / step) * step

@@ -1,0 +1,239 @@
+// Shared pieces of the depthwise convolution kernels: element types, asynchronous copies, barriers, tensor-core products,
+// and the table of Toeplitz fragments. Compiled by NVRTC; no header is included.
+//
+// Vocabulary. A plane is the image of one channel. A column block is 8 columns. delta = (input column block) - (output
+// column block): an 8x8 block of the Toeplitz matrix depends on delta alone. A lane is one of the 16 rows of an mma tile:
+// it stands for one image and one row offset, so that all 16 lanes use the same kernel row at the same time.
+// A kernel row pair (ky, ky + 1), ky even, fills the 16 deep reduction of one m16n8k16: 8 columns of row r with ky, and the
+// same 8 columns of row r + 1 with ky + 1.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+enum { F16 = 0, BF16 = 1, F32 = 2 };
+
+__host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int cmax(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int cmin(int a, int b) { return a < b ? a : b; }
+
+// ---- conversions. float32 is carried as a sum of NP bfloat16 planes: 2 planes hold 16 bits, 3 planes all 24.
+template <int DT> __device__ __forceinline__ u32 pack2(float lo, float hi) {
+  u32 r;
+  if constexpr (DT == F16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+__device__ __forceinline__ float bf16_low(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float bf16_high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
+template <int DT> __device__ __forceinline__ float to_float(u16 v) {
+  float r;
+  if constexpr (DT == F16) asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
+  else r = __uint_as_float((u32)v << 16);
+  return r;
+}
+// Next bfloat16 plane of two floats, which lose what it holds. Infinities and NaN stay in the first plane alone.
+__device__ __forceinline__ u32 peel(float& lo, float& hi) {
+  u32 r = pack2<BF16>(lo, hi);
+  float a = lo - bf16_low(r), b = hi - bf16_high(r);
+  lo = (a - a == 0.f) ? a : 0.f;
+  hi = (b - b == 0.f) ? b : 0.f;
+  return r;
+}
+// Maximum that keeps NaN.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+template <int DT> __device__ __forceinline__ float load_float(const void* p, i64 i) {
+  if constexpr (DT == F32) return __ldg((const float*)p + i);
+  else return to_float<DT>(__ldg((const u16*)p + i));
+}
+
+// ---- shared memory
+__device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
+__device__ __forceinline__ void sts16(u32 a, u16 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
+__device__ __forceinline__ void lds64(u32 (&r)[2], u32 a) { asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(a)); }
+__device__ __forceinline__ void ldsm4(u32 (&r)[4], u32 a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
+}
+__device__ __forceinline__ void ldsm4t(u32 (&r)[4], u32 a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
+}
+__device__ __forceinline__ void ldsm2t(u32 (&r)[2], u32 a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(a));
+}
+// Copies V bytes, or writes V zero bytes where ok is false.
+template <int V> __device__ __forceinline__ void copy_async(u32 s, const void* g, bool ok) {
+  int n = ok ? V : 0;
+  if constexpr (V == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(s), "l"(g), "r"(n) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(s), "l"(g), "n"(V), "r"(n) : "memory");
+}
+
+// Two neighbouring elements on their way from global to shared memory, where float32 becomes NP bfloat16 planes.
+template <int DT> struct Pair {
+  u16 lo, hi;
+  static __device__ __forceinline__ Pair load(const void* p, i64 i, i64 j, bool has_lo, bool has_hi) {
+    return {has_lo ? __ldg((const u16*)p + i) : (u16)0, has_hi ? __ldg((const u16*)p + j) : (u16)0};
+  }
+  template <int NP> __device__ __forceinline__ void store(u32 s, int) const { sts32(s, (u32)lo | (u32)hi << 16); }
+};
+template <> struct Pair<F32> {
+  float lo, hi;
+  static __device__ __forceinline__ Pair load(const void* p, i64 i, i64 j, bool has_lo, bool has_hi) {
+    return {has_lo ? __ldg((const float*)p + i) : 0.f, has_hi ? __ldg((const float*)p + j) : 0.f};
+  }
+  template <int NP> __device__ __forceinline__ void store(u32 s, int plane) const {
+    float a = lo, b = hi;
+#pragma unroll
+    for (int p = 0; p < NP; p++) sts32(s + p * plane, peel(a, b));
+  }
+};
+
+// ---- barriers
+__device__ __forceinline__ void bar_init(u32 b, int n) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(b), "r"(n) : "memory"); }
+__device__ __forceinline__ void bar_arrive(u32 b) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(b) : "memory"); }
+__device__ __forceinline__ void bar_arrive_copies(u32 b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(b) : "memory"); }
+__device__ __forceinline__ void bar_wait(u32 b, int parity) {
+  u32 done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(done) : "r"(b), "r"(parity) : "memory");
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(done) : "r"(b), "r"(parity) : "memory");
+#endif
+  } while (!done);
+}
+
+// ---- tensor cores: d += a b, float32 accumulators
+template <int DT> __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  if constexpr (DT == F16)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- bands
+// Deltas whose 8x8 Toeplitz block is not zero: |8 delta| - 7 <= P.
+template <int K> struct Band {
+  static constexpr int P = K / 2, HI = (P + 7) / 8, LO = -HI, ND = 2 * HI + 1;
+};
+
+// Table of Toeplitz fragments of one channel, blocks LO .. HI. Thread (g, q) = (lane / 4, lane % 4) needs for block delta the taps
+// t = 8 delta + 2 q - g + P and t + 1, as one word, of kernel rows ky and ky + 1. Words of even and odd t lie in two copies,
+// so that a word is always aligned; the words of ky and ky + 1 lie side by side. The copies lie 64 bytes apart modulo the banks.
+template <int KH, int KW, int LO, int HI> struct Table {
+  static constexpr int P = KW / 2, ND = HI - LO + 1, KQ = (KH + 1) / 2;
+  static constexpr int TMIN = 8 * LO - 7 + P, TMAX = 8 * HI + 6 + P;
+  static constexpr int OFFSET = TMIN < 0 ? ((1 - TMIN) / 2) * 2 : -(TMIN / 2) * 2;
+  static constexpr int NU = (TMAX + OFFSET) / 2 + 1;
+  static constexpr int COPY = cdiv(KQ * NU * 8, 128) * 128 + 64;
+  static constexpr int PLANE = 2 * COPY;
+
+  // Written by nthreads threads. weight points at the channel's KH x KW taps; flip turns them by 180 degrees.
+  template <int DT, int NP> static __device__ void build(u32 table, const void* weight, bool flip, int tid, int nthreads) {
+    constexpr int WORDS = KQ * NU * 4, U = 4;
+    for (int e0 = tid; e0 < WORDS; e0 += U * nthreads) {
+      Pair<DT> v[U];
+#pragma unroll
+      for (int k = 0; k < U; k++) {
+        const int e = e0 + k * nthreads, u = (e >> 1) % NU, rest = (e >> 1) / NU, ky = 2 * (rest % KQ) + (e & 1), kx = 2 * u - OFFSET + rest / KQ;
+        const bool row = e < WORDS && ky < KH, lo = row && (unsigned)kx < (unsigned)KW, hi = row && (unsigned)(kx + 1) < (unsigned)KW;
+        const int at = flip ? (KH - 1 - ky) * KW + (KW - 1 - kx) : ky * KW + kx;
+        v[k] = Pair<DT>::load(weight, at, at + (flip ? -1 : 1), lo, hi);
+      }
+#pragma unroll
+      for (int k = 0; k < U; k++) {
+        const int e = e0 + k * nthreads, u = (e >> 1) % NU, rest = (e >> 1) / NU;
+        if (e < WORDS) v[k].template store<NP>(table + rest / KQ * COPY + (rest % KQ * NU + u) * 8 + (e & 1) * 4, PLANE);
+      }
+    }
+  }
+  // This lane's offset of block LO of row pair 0; block d lies 32 (d - LO) bytes on, row pair q NU * 8 q bytes on.
+  static __device__ __forceinline__ u32 lane_offset(int lane) {
+    int t = 8 * LO + 2 * (lane & 3) - (lane >> 2) + P + OFFSET;
+    return (t & 1) * COPY + (t >> 1) * 8;
+  }
+};
+
+// Products of bfloat16 planes that make up a float32 product, largest last left out: plane sums up to NP - 1.
+template <int NP> struct Terms {
+  static constexpr int N = NP * (NP + 1) / 2;
+  // Smallest terms first.
+  static __device__ __forceinline__ int x(int i) { return NP == 1 ? 0 : NP == 2 ? (0x001 >> (4 * i)) & 15 : (0x001012 >> (4 * i)) & 15; }
+  static __device__ __forceinline__ int w(int i) { return NP == 1 ? 0 : NP == 2 ? (0x010 >> (4 * i)) & 15 : (0x010210 >> (4 * i)) & 15; }
+};
+
+// ---- loading
+// Brings rows of images into shared memory, PITCH bytes apart, columns left .. left + 8 CB - 1, zeros outside the image. PROD
+// warps share the work: a warp takes blocks of rows of one image. Where an element of a block comes from and goes to is computed
+// once an item. V bytes are copied at once; V = 2 and float32 go through registers two columns at a time.
+template <int DT, int NP, int CB, int PITCH, int V, int PROD> struct Loader {
+  static constexpr bool ASYNC = V >= 4 && DT != F32;
+  static constexpr int BLOCK = ASYNC || CB > 1 ? 16 : 8, STEP = ASYNC ? V / 2 : 2, CH = CB * 8 / STEP;
+  static constexpr int ITER = cdiv(BLOCK * CH, 32), BATCH = ASYNC ? 1 : cmax(1, 8 / ITER);
+
+  // base: element offset of the first image; step: elements between images; stride, plane: bytes between images and planes.
+  static __device__ __forceinline__ void rows(u32 to, const void* x, i64 base, int images, int row0, int n_rows, int left, i64 step, int W, int stride, int plane, int tid) {
+    const int lane = tid & 31, warp = tid >> 5;
+    const int image_step = images >= PROD ? PROD : 1, row_step = images >= PROD ? 1 : PROD;
+    base += (i64)row0 * W + left;
+    for (int row = (images >= PROD ? 0 : warp) * BLOCK; row < n_rows; row += row_step * BLOCK)
+      if constexpr (ASYNC) copies(to + row * PITCH, (const u16*)x + base + (i64)row * W, min(BLOCK, n_rows - row), left, W, images >= PROD ? warp : 0, images, image_step, step, stride, lane);
+      else pairs(to + row * PITCH, x, base + (i64)row * W, min(BLOCK, n_rows - row), left, W, images >= PROD ? warp : 0, images, image_step, step, stride, plane, lane);
+  }
+  static __device__ __forceinline__ void copies(u32 to, const u16* x, int n, int left, int W, int im, int images, int image_step, i64 step, int stride, int lane) {
+    int from[ITER];
+    u32 at[ITER];
+#pragma unroll
+    for (int k = 0; k < ITER; k++) {
+      const int e = lane + 32 * k, r = e / CH, col = (e % CH) * STEP;
+      from[k] = (unsigned)(left + col) < (unsigned)W ? r * W + col : -1 << 30;
+      at[k] = r * PITCH + col * 2;
+    }
+    for (; im < images; im += image_step) {
+      const u16* g = x + im * step;
+      const u32 s = to + im * stride;
+#pragma unroll
+      for (int k = 0; k < ITER; k++)
+        if ((lane + 32 * k) / CH < n) copy_async<V>(s + at[k], from[k] == -1 << 30 ? x - left : g + from[k], from[k] != -1 << 30);
+    }
+  }
+  static __device__ __forceinline__ void pairs(u32 to, const void* x, i64 base, int n, int left, int W, int im, int images, int image_step, i64 step, int stride, int plane, int lane) {
+    for (; im < images; im += image_step * BATCH)
+#pragma unroll 1
+      for (int k0 = 0; k0 < ITER; k0 += 4) {
+        constexpr int U = cmin(4, ITER);
+        Pair<DT> v[BATCH][U];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+#pragma unroll
+          for (int k = 0; k < U; k++) {
+            const int e = lane + 32 * (k0 + k), r = e / CH, col = (e % CH) * 2, image = im + b * image_step;
+            const bool in = r < n && image < images;
+            const i64 at = base + image * step + r * W + col;
+            v[b][k] = Pair<DT>::load(x, at, at + 1, in && (unsigned)(left + col) < (unsigned)W, in && (unsigned)(left + col + 1) < (unsigned)W);
+          }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+#pragma unroll
+          for (int k = 0; k < U; k++) {
+            const int e = lane + 32 * (k0 + k), r = e / CH, image = im + b * image_step;
+            if (r < n && image < images) v[b][k].template store<NP>(to + image * stride + r * PITCH + (e % CH) * 4, plane);
+          }
+      }
+  }
+  // Zeros instead of images first .. last - 1.
+  static __device__ __forceinline__ void clear(u32 to, int first, int last, int n_rows, int stride, int plane, int tid) {
+    const int words = n_rows * (PITCH / 4);
+    for (int im = first; im < last; im++)
+      for (int e = tid; e < words; e += PROD * 32)
+#pragma unroll
+        for (int p = 0; p < NP; p++) sts32(to + im * stride + p * plane + e * 4, 0);
+  }
+};

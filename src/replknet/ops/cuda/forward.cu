@@ -1,0 +1,227 @@
+// Forward convolution, NCHW. The input gradient is the same kernel with the weight turned by 180 degrees.
+//
+// One block walks over items (channel, column tile, row tile, group of images). Producer warps bring the rows of an item into
+// a ring of shared-memory stages; consumer warps take tasks (16 lanes x MT output rows x all columns) from the item's counter.
+// An output row tile of lane (image i, row offset g) at step e multiplies input rows h0 + g + e - P and the next one with the
+// kernel row pair ky = e - TS t of tile t; rows outside the image are a row of zeros, and steps in which every lane is outside
+// are skipped.
+//
+// Template: DT element type, NP bfloat16 planes of float32 (1 otherwise), KH x KW kernel, CBI input and CBO output column
+// blocks with output block j at input block j + OFF, NI images a tile, MT tiles a task, V bytes a copy (2: through registers),
+// SV columns a store (1, 2, 4), consumer and producer warps, stages, blocks a multiprocessor.
+
+// Flags: turn the weight by 180 degrees; ReLU.
+enum { FLIP = 1, RELU = 2 };
+
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int SV, int WARPS, int PROD, int STAGES>
+struct Forward {
+  using B = Band<KW>;
+  // Deltas that meet both a column block of the input and one of the output.
+  static constexpr int LO = cmax(B::LO, -(CBO - 1) - OFF), HI = cmin(B::HI, CBI - 1 - OFF), ND = HI - LO + 1;
+  using T = Table<KH, KW, LO, HI>;
+  using Acc = float[MT][CBO][4];
+  using Fragments = u32[MT][ND][2];
+  static constexpr int P = KH / 2, KHP = (KH + 1) & ~1, GR = 16 / NI, TS = GR > 2 ? GR : 2;
+  static constexpr int SET_ROWS = GR == 1 ? 2 * MT : GR * MT, SET_TASKS = GR == 1 ? 2 : 1;
+  static constexpr int PITCH = (NI < 8 ? (CBI | 1) : CBI) * 16, ZERO = cdiv(CBI * 16, 128) * 128;
+  static constexpr int TABLE = cdiv(NP * T::PLANE, 128) * 128, HEAD = 256;
+  static constexpr bool WINDOW = TS == 2;
+  using Load = Loader<DT, NP, CBI, PITCH, V, PROD>;
+
+  struct Item { int c, col0, row0, rows, n0, x0, x_rows; };
+
+  static __device__ __forceinline__ Item decode(int item, int n_groups, int n_rows, int n_cols, int item_rows, int item_images, int H) {
+    Item it;
+    int g = item % n_groups; item /= n_groups;
+    int r = item % n_rows; item /= n_rows;
+    it.col0 = (item % n_cols) * CBO * 8;
+    it.c = item / n_cols;
+    it.row0 = r * item_rows;
+    it.rows = min(item_rows, H - it.row0);
+    it.n0 = g * item_images;
+    it.x0 = max(0, it.row0 - P);
+    it.x_rows = min(H, it.row0 + it.rows + P) - it.x0;
+    return it;
+  }
+
+  static __device__ __forceinline__ void load_fragments(u32 (&b)[ND][2], u32 table, int e) {
+    if ((unsigned)e < (unsigned)KHP) {
+#pragma unroll
+      for (int d = 0; d < ND; d++) lds64(b[d], table + (e >> 1) * (T::NU * 8) + d * 32);
+    } else {
+#pragma unroll
+      for (int d = 0; d < ND; d++) b[d][0] = b[d][1] = 0;
+    }
+  }
+
+  // One step: two input rows against one row pair of tiles T0 .. T1. a holds column block 0 and receives that of the next step.
+  template <int T0, int T1> static __device__ __forceinline__ void multiply(Acc& acc, u32 (&a)[4], u32 row, u32 next, const Fragments& b) {
+#pragma unroll
+    for (int c = 0; c < CBI; c++) {
+      u32 ahead[4];
+      ldsm4(ahead, c + 1 < CBI ? row + (c + 1) * 16 : next);
+#pragma unroll
+      for (int t = T0; t <= T1; t++)
+#pragma unroll
+        for (int j = 0; j < CBO; j++) {
+          const int d = c - OFF - j - LO;
+          if (d >= 0 && d < ND) mma<DT>(acc[t][j], a, b[t][d]);
+        }
+#pragma unroll
+      for (int k = 0; k < 4; k++) a[k] = ahead[k];
+    }
+  }
+
+  // Steps e .. e_end. x_row: this lane's input row at step e, relative to the stage's first; xs: its image; zero: a row of zeros.
+  static __device__ __forceinline__ void accumulate(Acc& acc, u32 xs, int x_row, int x_rows, u32 zero, u32 table, int e, int e_end) {
+    Fragments b;
+    u32 a[4], at = xs + x_row * PITCH, row = (unsigned)x_row < (unsigned)x_rows ? at : zero;
+    ldsm4(a, row);
+#pragma unroll
+    for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
+#pragma unroll 1
+    while (true) {
+      x_row += 2, at += 2 * PITCH;
+      const u32 next = (unsigned)x_row < (unsigned)x_rows ? at : zero;
+      if constexpr (MT == 2) {
+        if (e < TS) multiply<0, 0>(acc, a, row, next, b);
+        else if (e >= KHP) multiply<1, 1>(acc, a, row, next, b);
+        else multiply<0, 1>(acc, a, row, next, b);
+      } else
+        multiply<0, MT - 1>(acc, a, row, next, b);
+      row = next, e += 2;
+      if (e >= e_end) break;
+      if constexpr (WINDOW) {
+#pragma unroll
+        for (int t = MT - 1; t > 0; t--)
+#pragma unroll
+          for (int d = 0; d < ND; d++) b[t][d][0] = b[t - 1][d][0], b[t][d][1] = b[t - 1][d][1];
+        load_fragments(b[0], table, e);
+      } else
+#pragma unroll
+        for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
+    }
+  }
+
+  template <int N> static __device__ __forceinline__ void store(void* y, i64 at, const float (&v)[N]) {
+    if constexpr (DT == F32) {
+      if constexpr (N == 1) ((float*)y)[at] = v[0];
+      else *(float2*)((float*)y + at) = make_float2(v[0], v[1]);
+    } else if constexpr (N == 1) ((u16*)y)[at] = (u16)pack2<DT>(v[0], 0.f);
+    else *(u32*)((u16*)y + at) = pack2<DT>(v[0], v[1]);
+  }
+  // The four threads of a row exchange their pairs so that each holds four columns of two blocks: whole sectors go out at once.
+  static __device__ __forceinline__ uint2 exchange(u32 a, u32 b, int q) {
+    u32 keep = q < 2 ? a : b, got = __shfl_xor_sync(0xffffffffu, q < 2 ? b : a, 2);
+    u32 even = q < 2 ? keep : got, odd = q < 2 ? got : keep;
+    got = __shfl_xor_sync(0xffffffffu, q & 1 ? even : odd, 1);
+    return q & 1 ? make_uint2(got, odd) : make_uint2(even, got);
+  }
+  // Rows 8 HALF .. 8 HALF + 7 of the tiles: this thread's lane is (lane / 4) + 8 HALF, its columns 2 (lane % 4) and the next.
+  template <int HALF> static __device__ __forceinline__ void store_half(void* y, const Acc& acc, const Item& it, int N, i64 ysn, i64 ysc, int h0, int group,
+                                                                        int lane, float bias, float floor, int W) {
+    const int m = (lane >> 2) + 8 * HALF, n = it.n0 + group * NI + m % NI, q = lane & 3;
+    const int h1 = h0 + m / NI, h_end = n < N ? it.row0 + it.rows : 0, left = W - it.col0;
+    const i64 at = n * ysn + it.c * ysc + (i64)h1 * W + it.col0;
+#pragma unroll
+    for (int t = 0; t < MT; t++) {
+      const bool ok = h1 + TS * t < h_end;
+      const i64 row = at + TS * t * W;
+#pragma unroll
+      for (int j = 0; j < CBO; j++) {
+        float v[2] = {max_nan(acc[t][j][2 * HALF] + bias, floor), max_nan(acc[t][j][2 * HALF + 1] + bias, floor)};
+        const int col = 8 * j + 2 * q;
+        if (SV == 4 && (j & 1) == 0 && j + 1 < CBO) {
+          const int j1 = j + 1 < CBO ? j + 1 : j, c4 = 8 * j + (q >> 1) * 8 + (q & 1) * 4;
+          const uint2 r = exchange(pack2<DT == F32 ? F16 : DT>(v[0], v[1]),
+                                   pack2<DT == F32 ? F16 : DT>(max_nan(acc[t][j1][2 * HALF] + bias, floor), max_nan(acc[t][j1][2 * HALF + 1] + bias, floor)), q);
+          if (ok && c4 < left) *(uint2*)((u16*)y + row + c4) = r;
+        } else if (SV == 4 && (j & 1)) {
+          continue;
+        } else if (SV >= 2) {
+          if (ok && col < left) store<2>(y, row + col, v);
+        } else {
+          const float v0[1] = {v[0]}, v1[1] = {v[1]};
+          if (ok && col < left) store<1>(y, row + col, v0);
+          if (ok && col + 1 < left) store<1>(y, row + col + 1, v1);
+        }
+      }
+    }
+  }
+};
+
+// Arguments: x, weight [C, KH, KW] contiguous, bias [C] or null, y; sizes; strides of image and channel in elements (rows are W
+// apart); images and rows an item; bytes between images in shared memory; flags.
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int SV, int WARPS, int PROD, int STAGES, int MINB>
+__global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
+    const void* __restrict__ x, const void* __restrict__ weight, const void* __restrict__ bias, void* __restrict__ y, int N, int C, int H, int W,
+    i64 xsn, i64 xsc, i64 ysn, i64 ysc, int item_images, int item_rows, int stride, int flags) {
+  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, V, SV, WARPS, PROD, STAGES>;
+  using T = typename K::T;
+  extern __shared__ __align__(128) u8 smem[];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const u32 bars = smem_u32(smem), zero = bars + K::HEAD, tables = zero + K::ZERO, stages = tables + STAGES * K::TABLE;
+  int* counter = (int*)(smem + 128);
+  const int plane = stride * item_images, stage_bytes = NP * plane;
+  if (tid < K::ZERO / 4) ((u32*)(smem + K::HEAD))[tid] = 0;
+  if (tid == 0)
+    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), bar_init(bars + s * 16 + 8, WARPS);
+  __syncthreads();
+
+  const int n_groups = cdiv(N, item_images), n_rows = cdiv(H, item_rows), n_cols = cdiv(W, CBO * 8), per_channel = n_groups * n_rows * n_cols;
+  const i64 items = (i64)per_channel * C;
+  const int first = (int)(items * blockIdx.x / gridDim.x), last = (int)(items * (blockIdx.x + 1) / gridDim.x);
+
+  if (warp >= WARPS) {
+    const int t = tid - WARPS * 32;
+    for (int item = first, k = 0, s = 0, phase = 1; item < last; item++, k++) {
+      const typename K::Item it = K::decode(item, n_groups, n_rows, n_cols, item_rows, item_images, H);
+      const u32 full = bars + s * 16;
+      bar_wait(full + 8, phase);
+      if (t == 0) counter[s] = 0;
+      K::Load::rows(stages + s * stage_bytes, x, it.n0 * xsn + it.c * xsc, min(item_images, N - it.n0), it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W,
+                    stride, plane, t);
+      if (k < STAGES || (item - STAGES) / per_channel != it.c)
+        T::template build<DT, NP>(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * (DT == F32 ? 4 : 2), flags & FLIP, t, PROD * 32);
+      bar_arrive_copies(full);
+      bar_arrive(full);
+      if (++s == STAGES) s = 0, phase ^= 1;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    return;
+  }
+
+  const int img = (lane & 15) % NI, off = (lane & 15) / NI + (lane >> 4);
+  const float floor = flags & RELU ? 0.f : -__int_as_float(0x7f800000);
+  for (int item = first, s = 0, phase = 0; item < last; item++) {
+    const u32 full = bars + s * 16, table = tables + s * K::TABLE + T::lane_offset(lane);
+    const typename K::Item it = K::decode(item, n_groups, n_rows, n_cols, item_rows, item_images, H);
+    const int sets = cdiv(it.rows, K::SET_ROWS) * K::SET_TASKS, groups = cdiv(min(item_images, N - it.n0), NI);
+    const float shift = bias ? load_float<DT>(bias, it.c) : 0.f;
+    u32 xs = stages + s * stage_bytes + img * stride;
+    int group = 0, set = 0, taken = 0;
+    bar_wait(full, phase);
+    while (true) {
+      int task = 0;
+      if (lane == 0) task = atomicAdd(counter + s, 1);
+      task = __shfl_sync(0xffffffffu, task, 0);
+      for (set += task - taken, taken = task; set >= sets && group < groups; set -= sets) group++, xs += NI * stride;
+      if (group >= groups) break;
+      const int h0 = it.row0 + set / K::SET_TASKS * K::SET_ROWS + set % K::SET_TASKS;
+      const int e0 = max(0, K::P - h0 - K::GR) & ~1, e1 = min(K::KHP + K::TS * (MT - 1), H - h0 + K::P);
+      typename K::Acc acc;
+#pragma unroll
+      for (int t = 0; t < MT; t++)
+#pragma unroll
+        for (int j = 0; j < CBO; j++) acc[t][j][0] = acc[t][j][1] = acc[t][j][2] = acc[t][j][3] = 0.f;
+#pragma unroll 1
+      for (int i = 0; i < Terms<NP>::N; i++)
+        K::accumulate(acc, xs + Terms<NP>::x(i) * plane, h0 + off + e0 - K::P - it.x0, it.x_rows, zero, table + Terms<NP>::w(i) * T::PLANE, e0, e1);
+      K::template store_half<0>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+      K::template store_half<1>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+    }
+    __syncwarp();
+    if (lane == 0) bar_arrive(full + 8);
+    if (++s == STAGES) s = 0, phase ^= 1;
+  }
+}
