@@ -14,12 +14,14 @@ from replknet._errors import UsageError
 COMMANDS: dict[str, str] = {
     "models": "list the models and all official weights, with costs and scores",
     "info": "show one model part by part",
+    "export": "export to ONNX, torch.export, AOTInductor or TorchScript, checked",
     "convert": "convert weights between official, timm and mmpretrain, and merge them",
     "train": "train or fine-tune a classifier",
     "predict": "name what is in pictures",
     "demo": "train, score, merge and look into a small network on real pictures, in minutes",
     "eval": "score a classifier on a data set, before and after merging",
     "erf": "measure and draw effective receptive fields of any network",
+    "shape-bias": "measure whether networks name pictures by shape or by texture, beside humans",
 }
 
 
