@@ -136,7 +136,7 @@ class ReparamLargeKernelConv(nn.Module):
         return Branch(kernel, dilation)
 
     def _sizes(self, size: Size, name: str) -> tuple[int, ...]:
-        sizes = (size,) * self.dims if isinstance(size, int) else tuple(size)
+        sizes = tuple(size) if isinstance(size, Sequence) else (size,) * self.dims
         if len(sizes) != self.dims or not all(isinstance(s, int) for s in sizes):
             raise ValueError(f"{name} must be an integer or {self.dims} integers; got {size!r}")
         return sizes

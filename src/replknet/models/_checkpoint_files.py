@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
 from replknet._errors import RunError, UsageError
+
+_HARMLESS = [
+    # The release's training checkpoints hold the command line as a Namespace and scores as numpy scalars: plain data.
+    argparse.Namespace,
+    np.dtype,
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -61,9 +71,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _read_torch(path: Path) -> Any:
-    # The release's training checkpoints hold the command line as an argparse.Namespace, which only stores attributes.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(_unpickling_problem(path, error)) from error

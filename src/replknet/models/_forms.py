@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from replknet._errors import RunError
 from replknet.layers import reparameterize
 from replknet.layers.empty_copy import empty_copy
 from replknet.models.replknet import Form, RepLKNet
@@ -37,43 +36,40 @@ def take_form(model: nn.Module, tensors: Mapping[str, Tensor], *, dry: bool = Fa
     return model
 
 
-def as_form_of_model(tensors: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
-    """Training-form weights merged, or merged ones folded, to the form of `model`.
+def twin_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module | None:
+    """A model on the meta device like `model`, but in the form, with the classes and input channels of `tensors`.
 
-    Raises:
-        RunError: `model` is not a RepLKNet itself, so that its training form cannot be rebuilt; or the weights do not
-            fit it.
+    None if `model` is neither a RepLKNet nor timm's `FeatureGetterNet` around one: then it cannot be built again.
     """
-    prefix = "model." if isinstance(getattr(model, "model", None), RepLKNet) else ""
-    net = model.model if prefix else model
-    if not isinstance(net, RepLKNet):
-        raise RunError(f"{source} is in the training form, the model is not: load it first, then reparameterize")
-    inner = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    have = form_of(inner)
-    assert have is not None
-    twin = _twin(net, inner, have)
-    state = {k: v for k, v in inner.items() if not k.endswith("num_batches_tracked")}
-    result = twin.load_state_dict(state, strict=False, assign=True)
-    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked") and not k.startswith("norm")]
-    if missing or result.unexpected_keys:
-        lists = f"missing {missing[:12]}, unexpected {result.unexpected_keys[:12]}"
-        raise RunError(f"{source} does not fit {type(net).__name__} in the {have} form: {lists}")
-    _reparameterize_like(twin.eval(), {k.removeprefix(prefix): v for k, v in model.state_dict().items()})
-    return {prefix + k: v for k, v in twin.state_dict().items()}
-
-
-def _twin(net: RepLKNet, tensors: Mapping[str, Tensor], form: Form) -> RepLKNet:
-    """A network on the meta device like `net`, with the head and the input channels of `tensors`."""
-    head = tensors.get("head.weight")
-    stem = tensors.get("stem.0.conv.weight")
+    inner = getattr(model, "model", model)
+    if not isinstance(inner, RepLKNet):
+        return None
+    prefix = "" if inner is model else "model."
+    head, stem = tensors.get(f"{prefix}head.weight"), tensors.get(f"{prefix}stem.0.conv.weight")
     changes = {
-        "form": form,
+        "form": form_of(tensors),
         "device": "meta",
         "dtype": None,
         "num_classes": 0 if head is None else len(head),
-        "in_chans": net.in_chans if stem is None else stem.shape[1],
+        "in_chans": inner.in_chans if stem is None else stem.shape[1],
     }
-    return RepLKNet(**{**net.config, **changes})
+    net = RepLKNet(**{**inner.config, **changes})
+    if len(inner.stages) < len(net.stages):
+        net.prune_intermediate_layers(range(len(inner.stages)))
+    if isinstance(inner.norm, nn.Identity) and not inner.norm_in_head:
+        net.norm = nn.Identity()
+    if inner is model:
+        return net
+    holder = nn.Module()
+    holder.model = net
+    return holder
+
+
+def filled(twin: nn.Module, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of `twin` after it has taken `tensors` as its own and the form of `model`."""
+    twin.load_state_dict(tensors, strict=False, assign=True)
+    _reparameterize_like(twin.eval(), model.state_dict())
+    return twin.state_dict()
 
 
 def _reparameterize_like(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

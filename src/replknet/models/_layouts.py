@@ -21,6 +21,8 @@ from replknet._errors import RunError
 _EMA = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 _PLAIN = ("state_dict", "model", "module", "model_state_dict", "net", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.")
+_COUNTERS = ("n_averaged", "steps")
+"""Scalars that moving averages of torch and mmengine keep among the weights."""
 _FLAT = re.compile(r"^(stages|transitions)_(\d+)\.")
 
 
@@ -35,7 +37,7 @@ def unwrap(contents: Mapping, *, use_ema: bool, source: str) -> tuple[dict[str, 
     while key := _wrapper(contents, use_ema):
         wrappers.append(key)
         contents = contents[key]
-    tensors = {str(k): v for k, v in contents.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in contents.items() if isinstance(v, Tensor) and k not in _COUNTERS}
     if not tensors:
         keys = ", ".join(map(str, list(contents)[:8])) or "nothing"
         raise RunError(f"{source} holds no weights; at its top level: {keys}")
@@ -76,7 +78,7 @@ def fit_names(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, T
 
 
 def _overlap(tensors: Mapping[str, Tensor], own: Any) -> int:
-    """Shared names, where the conv of a fused unit stands for a name that merging has replaced."""
+    """How many names of `tensors` the model has."""
     return sum(name in own for name in tensors)
 
 

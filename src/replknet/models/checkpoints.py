@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from replknet._errors import RunError
 from replknet.models._checkpoint_files import read_checkpoint
-from replknet.models._forms import as_form_of_model, form_of, take_form
+from replknet.models._forms import filled, form_of, take_form, twin_of
 from replknet.models._layouts import canonical, fit_names, unwrap
+from replknet.models.replknet import FORMS
 
 _log = logging.getLogger(__name__)
 
@@ -115,25 +116,39 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """timm's hook: the official layouts under the model's names, and the model in the file's form."""
     tensors, _ = unwrap(state_dict, use_ema=True, source="the pretrained weights")
     tensors, _ = fit_names(tensors, model)
-    return _fit_form(tensors, model, ("head",), "the pretrained weights")[0]
+    # timm itself adapts the head and the first convolution to other numbers of classes and channels.
+    return _fit_form(tensors, model, ("head", "stem.0.conv"), "the pretrained weights")[0]
 
 
 def _fit_form(
     tensors: StateDict, model: nn.Module, allowed: Sequence[str], source: str
 ) -> tuple[StateDict, str | None]:
+    """Bring file and model to the later of their two forms; refuse before anything has changed."""
     have, want = form_of(tensors), form_of(model.state_dict())
     if have is None or want is None or have == want:
         return tensors, None
-    if ("train", "merged", "fused").index(have) > ("train", "merged", "fused").index(want):
-        probe = _compare(tensors, take_form(model, tensors, dry=True), source, (), None)
-        _refuse(probe, model, tensors, allowed)
+    if FORMS.index(have) > FORMS.index(want):
+        probe = take_form(model, tensors, dry=True)
+        _refuse(_compare(tensors, probe, source), model, tensors, allowed)
         take_form(model, tensors)
         return tensors, f"the model was brought into the file's {have} form"
-    return as_form_of_model(tensors, model, source), f"the file's {have} form was brought into the model's {want} form"
+    twin = twin_of(model, tensors)
+    if twin is None:
+        raise RunError(
+            f"{source} is in the {have} form and {_title(model)} in the {want} form; build the model in the {have} "
+            "form, load, then call replknet.reparameterize"
+        )
+    report = _compare(tensors, twin, source)
+    _refuse(report, model, tensors, allowed)
+    own = set(report.matched)
+    return (
+        filled(twin, {k: v for k, v in tensors.items() if k in own or _is_counter(k)}, model),
+        f"the file's {have} form was brought into the model's {want} form",
+    )
 
 
 def _compare(
-    tensors: StateDict, model: nn.Module, source: str, unwrapped: tuple[str, ...], converted: str | None
+    tensors: StateDict, model: nn.Module, source: str, unwrapped: tuple[str, ...] = (), converted: str | None = None
 ) -> LoadReport:
     own = model.state_dict()
     both = [k for k in own if k in tensors]
