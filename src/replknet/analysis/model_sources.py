@@ -95,6 +95,11 @@ class ModelSource:
             return reset_weights(model) if self.is_own else model
 
     @property
+    def is_trained(self) -> bool:
+        """Whether weights are loaded; a user's own function may load some, as only its author knows."""
+        return self.weights is not None or self.pretrained or self.is_own
+
+    @property
     def is_own(self) -> bool:
         """Whether it is a user's own `MODULE:FUNCTION`."""
         return ":" in self.name and self.name.partition(":")[0] not in (*_TIMM_SCHEMES, "torchvision")

@@ -128,7 +128,7 @@ def run(args: Namespace) -> None:
     write_text(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     entries = []
     for source in sources:
-        for untrained in (False, True) if args.untrained and _is_trained(source) else (False,):
+        for untrained in (False, True) if args.untrained and source.is_trained else (False,):
             entries += _measure(source, untrained, settings, folder)
     folder.compare(entries)
     print(table(entries))
@@ -169,7 +169,7 @@ class _Settings:
 
 def _measure(source: ModelSource, untrained: bool, settings: _Settings, folder: OutputFolder) -> list[Entry]:
     args = settings.args
-    trained = not untrained and _is_trained(source)
+    trained = not untrained and source.is_trained
     # Random weights come from the seed, so that a result can be had again.
     model = source.build() if trained else source.build_untrained(args.seed or 0)
     set_image_size(model, settings.size, source.name)
@@ -260,8 +260,3 @@ def _how(
 
 def _config(model: torch.nn.Module) -> dict[str, Any]:
     return getattr(model, "pretrained_cfg", None) or {}
-
-
-def _is_trained(source: ModelSource) -> bool:
-    """Whether weights are loaded; a user's own function may load some, as only its author knows."""
-    return source.weights is not None or source.pretrained or source.is_own

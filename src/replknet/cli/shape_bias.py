@@ -108,7 +108,8 @@ def run(args: Namespace) -> None:
 
 
 def _measure(source: ModelSource, stimuli: list[Stimulus], args: Namespace) -> tuple[ShapeBias, dict[str, Any]]:
-    model = source.build()
+    # Random weights come from a seed, so that a result can be had again.
+    model = source.build() if source.is_trained else source.build_untrained()
     size = None if args.size is None else parse_size(args.size)
     set_image_size(model, size or (224, 224), source.name)
     mean, std = _normalisation(model, args.normalize)
@@ -128,7 +129,7 @@ def _measure(source: ModelSource, stimuli: list[Stimulus], args: Namespace) -> t
             device=parse_device(args.device),
             progress=progress,
         )
-    if source.weights is None and not source.pretrained and not source.is_own:
+    if not source.is_trained:
         print(f"beware ({source.label}): the weights are random", file=sys.stderr)
     how = {"model": source.describe(), "mean": mean, "std": std, "size": size, "versions": versions()}
     return result, how
