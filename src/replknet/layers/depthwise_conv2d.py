@@ -45,7 +45,7 @@ def why_not_same_depthwise(conv: nn.Conv2d) -> str | None:
     kernel = tuple(conv.kernel_size)
     same = tuple(k // 2 for k in kernel)
     if conv.groups != conv.in_channels:
-        return f"not depthwise: groups {conv.groups}, channels {conv.in_channels}"
+        return f"not depthwise (groups={conv.groups})"
     if conv.out_channels != conv.in_channels:
         return f"{conv.out_channels} output channels for {conv.in_channels} input channels"
     if any(k % 2 == 0 for k in kernel):

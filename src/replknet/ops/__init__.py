@@ -1,7 +1,7 @@
 """Operators on tensors; no modules, no state."""
 
 from replknet.ops._dispatch import Backend, Choice, Explanation, explain
-from replknet.ops._reference import depthwise_conv2d_reference
+from replknet.ops._reference import depthwise_conv2d_fft, depthwise_conv2d_reference
 from replknet.ops._tuning import autotune
 from replknet.ops.depthwise_conv2d import depthwise_conv2d, recording_a_portable_graph
 
@@ -11,6 +11,7 @@ __all__ = [
     "Explanation",
     "autotune",
     "depthwise_conv2d",
+    "depthwise_conv2d_fft",
     "depthwise_conv2d_reference",
     "explain",
     "recording_a_portable_graph",

@@ -16,7 +16,6 @@ from replknet.ops._problem import Pass, Problem, format_of, problem_of
 Backend = Literal["auto", "cuda", "rearranged", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# Below this many multiply-adds per channel and image a CPU's convolution costs less than changing the format for it.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -129,10 +128,8 @@ def _choose(pass_: Pass, problem: Problem, backend: str, autotune: bool) -> Choi
 
 
 def _default_with_kernels(problem: Problem) -> Choice:
-    # cuDNN's own kernels for square 1x1, 3x3 and 5x5 in half precision are bound by memory already.
-    kh, kw = problem.kernel
-    if kh * kw == 1:
-        return Choice("torch", "a 1x1 depthwise convolution is a scaling, bound by memory in any kernel")
+    if problem.kernel == (1, 1):
+        return Choice("rearranged", "a 1x1 depthwise convolution is a scaling")
     return Choice("cuda", "tensor-core kernels for this shape, dtype and format")
 
 
@@ -147,9 +144,50 @@ def _default_of_torch(pass_: Pass, problem: Problem) -> tuple[str, str]:
 
 
 def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
+    # Every threshold here is from minima of interleaved runs on one core with AVX-512, torch 2.14.1.
+    near = tuple(_rearranged.reaching(k, size) for k, size in zip(problem.kernel, problem.x_shape[2:], strict=True))
+    if near != problem.kernel:
+        return "rearranged", f"only {near[0]}x{near[1]} taps reach the map"
+    if near == (1, 1):
+        return "rearranged", "a 1x1 depthwise convolution is a scaling"
+    if pass_ == "weight_grad":
+        return _weight_grad_on_cpu(problem)
+    if problem.dtype == torch.float64:
+        if problem.channels_last:
+            return "rearranged", "torch's float64 kernel is faster in the contiguous format"
+        return "torch", "float64 has one kernel on a CPU"
+    if problem.dtype != torch.float32:
+        return "rearranged", "half precision is faster computed in float32 on a CPU"
+    return _forward_on_cpu(problem) if pass_ == "forward" else _input_grad_on_cpu(problem)
+
+
+def _forward_on_cpu(problem: Problem) -> tuple[str, str]:
+    kw = problem.kernel[1]
+    if problem.channels_last and kw in _rearranged.CPU_SLOW_WIDTHS:
+        return "rearranged", f"a weight widened by zeros to {_rearranged.CPU_FAST_WIDTH} columns is faster"
+    if problem.channels_last or kw <= _rearranged.CPU_CONTIGUOUS_WIDTH:
+        return "torch", "torch's kernel for this format is the fastest"
+    return "rearranged", "torch's contiguous kernel is slow for so wide a weight; its channels_last kernel is fast"
+
+
+def _input_grad_on_cpu(problem: Problem) -> tuple[str, str]:
+    kh, kw = problem.kernel
+    if kw == 1 or kh * kw <= 11:
+        return "torch", "torch's gradient is the fastest for so small a weight"
+    wide = kw > _rearranged.CPU_CONTIGUOUS_WIDTH
+    if wide and kh <= 5 and not problem.channels_last and problem.x_shape[2] < 28:
+        return "torch", "changing the format costs more than the faster kernel saves"
+    return "rearranged", "torch's forward convolution with the flipped weight beats its gradient"
+
+
+def _weight_grad_on_cpu(problem: Problem) -> tuple[str, str]:
+    kh, kw = problem.kernel
     if problem.dtype == torch.float64:
         return "torch", "float64 has one kernel on a CPU"
-    return "rearranged", "the channels_last forward kernel is the fast one on a CPU"
+    narrow = kw == 1 and kh <= problem.x_shape[2] or max(kh, kw) <= 3
+    if narrow and problem.dtype != torch.float16:
+        return "torch", "torch has a gradient kernel for so narrow a weight"
+    return "rearranged", "torch's weight gradient is slow for this weight; x under the output gradient is fast"
 
 
 def _describe(problem: Problem) -> str:

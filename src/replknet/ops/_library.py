@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from replknet.ops._dispatch import choose, implementation
-from replknet.ops._problem import format_of, is_channels_last, problem_of
+from replknet.ops._dispatch import Choice, choose, implementation
+from replknet.ops._problem import Pass, format_of, is_channels_last, problem_of
 
 _LIBRARY = torch.library.Library("replknet", "DEF")
 _FORWARD = "replknet::depthwise_conv2d"
@@ -41,12 +41,21 @@ def _as_format_of(value: Tensor, like: Tensor) -> Tensor:
     return value if value.stride() == expected else value.as_strided(value.shape, expected)
 
 
+def _run(choice: Choice, pass_: Pass, device: torch.device, *arguments) -> Tensor:
+    run = getattr(implementation(choice.backend), pass_)
+    if torch.is_autocast_enabled(device.type):
+        # The caller has cast already; a backend that computes in a wider dtype must not be cast back.
+        with torch.autocast(device.type, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
     x = x.contiguous(memory_format=format_of(x))
     choice = choose("forward", problem_of(x, (weight.shape[2], weight.shape[3])), backend)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=format_of(x))
-    y = implementation(choice.backend).forward(x, weight.contiguous(), bias, activation)
+    y = _run(choice, "forward", x.device, x, weight.contiguous(), bias, activation)
     return _as_format_of(y, x)
 
 
@@ -55,7 +64,7 @@ def _input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
     choice = choose("input_grad", problem_of(grad_y, (weight.shape[2], weight.shape[3])), backend)
     if grad_y.numel() == 0:
         return torch.empty_like(grad_y, memory_format=format_of(grad_y))
-    return _as_format_of(implementation(choice.backend).input_grad(grad_y, weight.contiguous()), grad_y)
+    return _as_format_of(_run(choice, "input_grad", grad_y.device, grad_y, weight.contiguous()), grad_y)
 
 
 def _weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
@@ -64,7 +73,7 @@ def _weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> T
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, kh, kw)
     grad_y = grad_y.contiguous(memory_format=format_of(x))
-    return implementation(choice.backend).weight_grad(grad_y, x, kh, kw).contiguous()
+    return _run(choice, "weight_grad", x.device, grad_y, x, kh, kw).contiguous()
 
 
 def _empty_in_format(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Backend "rearranged": all three passes as torch's forward convolution, in the format in which that is fastest.
+"""Backend "rearranged": all three passes as torch's forward convolution, in the form in which that is fastest.
 
-torch's forward kernels are tuned and its gradients of large depthwise kernels are not; on a CPU only the channels_last
-forward has a kernel made for large sizes. So the input gradient is computed as the convolution of the output gradient
-with the flipped kernel, and the weight gradient as the depthwise convolution of x with the output gradient as kernel.
-On a CPU, half-precision inputs are computed in float32 and rounded at the end, which is also many times faster there.
+torch's forward kernels are tuned and its gradients of large depthwise kernels are not. So the input gradient is
+computed as the convolution of the output gradient with the flipped kernel, and the weight gradient as the depthwise
+convolution of x with the output gradient as kernel. Taps that reach from any pixel past the far border are left out.
+On a CPU, contiguous input with a wide kernel goes through channels_last, where the kernel made for large sizes is, and
+half precision is computed in float32 and rounded at the end, which is many times faster there.
 """
 
 import torch
@@ -12,16 +13,22 @@ from torch import Tensor
 
 # Kernel sizes up to this run faster in channels_last on CUDA (cuDNN), larger ones in NCHW (H100, torch 2.11).
 CUDA_CHANNELS_LAST_KERNEL = 7
+# oneDNN, AVX-512: contiguous kernels wider than this fall back to reference code, a hundred times slower.
+CPU_CONTIGUOUS_WIDTH = 13
+# oneDNN changes its channels_last kernel at a width of 15 and is up to twice as fast there as just below, so that
+# columns of zeros pay for themselves.
+CPU_FAST_WIDTH = 15
+CPU_SLOW_WIDTHS = (11, 13)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """`[N, C, H, W]` in x's dtype; the format is the one that was fast."""
     dtype = x.dtype
-    if x.is_cpu and dtype in (torch.float16, torch.bfloat16):
+    if x.is_cpu and dtype in _HALF:
         x, weight = x.float(), weight.float()
         bias = None if bias is None else bias.float()
-    fast = _fast_format(x, max(weight.shape[2:]))
-    y = _convolve(x.contiguous(memory_format=fast), weight, bias)
+    y = _convolve(x, _reaching_part(weight, x), bias)
     return (y.relu_() if activation == "relu" else y).to(dtype)
 
 
@@ -32,15 +39,56 @@ def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     """Gradient with respect to the weight, `[C, 1, Kh, Kw]`, images summed in a fixed order in float32 or wider."""
+    near = reaching(kh, x.shape[2]), reaching(kw, x.shape[3])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if near == (1, 1):
+        grad = (grad_y.to(wide) * x).sum((0, 2, 3)).view(-1, 1, 1, 1)
+    elif x.is_cpu:
+        grad = _weight_grad_by_image(grad_y.to(wide), x.to(wide), near)
+    else:
+        # H rows of image, padded by Kh // 2, under a kernel of H rows give 2 * (Kh // 2) + 1 = Kh rows. Images become
+        # channels: one launch for all of them, and no copy where x is contiguous.
+        N, C, H, W = x.shape
+        kernels = grad_y.reshape(N * C, 1, H, W)
+        each = F.conv2d(x.reshape(1, N * C, H, W), kernels, padding=(near[0] // 2, near[1] // 2), groups=N * C)
+        grad = each.reshape(N, C, 1, *near).sum(0, dtype=wide)
+    rows, columns = (kh - near[0]) // 2, (kw - near[1]) // 2
+    grad = grad.to(x.dtype)
+    return F.pad(grad, (columns, columns, rows, rows)) if rows or columns else grad
+
+
+def _reaching_part(weight: Tensor, x: Tensor) -> Tensor:
+    kh, kw = reaching(weight.shape[2], x.shape[2]), reaching(weight.shape[3], x.shape[3])
+    if (kh, kw) == weight.shape[2:]:
+        return weight
+    top, left = (weight.shape[2] - kh) // 2, (weight.shape[3] - kw) // 2
+    return weight[:, :, top : top + kh, left : left + kw]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kh, kw = weight.shape[2:]
+    if kh == kw == 1:
+        scale = weight.view(1, -1, 1, 1)
+        return x * scale if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, scale)
+    fast = fast_format(x, (kh, kw))
+    if x.is_cpu and fast == torch.channels_last and kw in CPU_SLOW_WIDTHS:
+        margin = (CPU_FAST_WIDTH - kw) // 2
+        weight, kw = F.pad(weight, (margin, margin)), CPU_FAST_WIDTH
+    return F.conv2d(x.contiguous(memory_format=fast), weight, bias, padding=(kh // 2, kw // 2), groups=x.shape[1])
+
+
+def reaching(kernel: int, size: int) -> int:
+    """How many of the kernel's taps, its middle ones, touch a map of that size from at least one pixel."""
+    return min(kernel, 2 * size - 1)
+
+
+def fast_format(x: Tensor, kernel: tuple[int, int]) -> torch.memory_format:
+    """The format in which torch's forward convolution of x is fastest."""
     if x.is_cpu:
-        return _weight_grad_by_image(grad_y.to(wide), x.to(wide), (kh, kw)).to(x.dtype)
-    N, C, H, W = x.shape
-    # H rows of image, padded by Kh // 2, under a kernel of H rows give 2 * (Kh // 2) + 1 = Kh rows. Images become
-    # channels: one launch for all of them, and no copy where x is contiguous.
-    kernels = grad_y.reshape(N * C, 1, H, W)
-    each = F.conv2d(x.reshape(1, N * C, H, W), kernels, padding=(kh // 2, kw // 2), groups=N * C)
-    return each.reshape(N, C, kh, kw).sum(0, dtype=wide).unsqueeze(1).to(x.dtype)
+        stays = x.is_contiguous() and kernel[1] <= CPU_CONTIGUOUS_WIDTH
+        return torch.contiguous_format if stays or x.dtype == torch.float64 else torch.channels_last
+    small = x.is_cuda and max(kernel) <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64
+    return torch.channels_last if small else torch.contiguous_format
 
 
 def _weight_grad_by_image(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
@@ -49,17 +97,7 @@ def _weight_grad_by_image(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) ->
     padding = (kernel[0] // 2, kernel[1] // 2)
     x = x.contiguous(memory_format=torch.channels_last)
     total = x.new_zeros(1, C, *kernel)
-    for image, gradient in zip(x.unsqueeze(1), grad_y, strict=True):
-        total += F.conv2d(image, gradient.reshape(C, 1, H, W), padding=padding, groups=C)
+    for n in range(len(x)):
+        # A slice, not a view with a new dimension: only the slice keeps strides that torch reads as channels_last.
+        total += F.conv2d(x[n : n + 1], grad_y[n].reshape(C, 1, H, W), padding=padding, groups=C)
     return total.reshape(C, 1, *kernel)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
-
-
-def _fast_format(x: Tensor, kernel: int) -> torch.memory_format:
-    if x.is_cpu or (x.is_cuda and kernel <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64):
-        return torch.channels_last
-    return torch.contiguous_format

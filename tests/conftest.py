@@ -1,0 +1,37 @@
+"""Fixtures that every test may use."""
+
+import os
+
+# Before anything imports huggingface_hub: a test that reaches for the network fails at once, not after 45 s of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """Every device that a test should hold on: the CPU always, a GPU under the marker gpu."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False here")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device, for tests that are about CUDA only."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False here")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def poisoned():
+    """Every `torch.empty` holds NaN, so that an element that is never written cannot pass for a right one."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
