@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models._features import FeatureDictNet, FeatureListNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
 
@@ -39,6 +39,14 @@ class FeatureDict(_Features):
 
 class FeatureList(_Features, FeatureListNet):
     """Feature maps as a list, highest resolution first."""
+
+
+class FeatureGetter(FeatureGetterNet):
+    """timm's wrapper around `forward_intermediates`, with the checkpointing switch that timm's lacks."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of stem and blocks in backward."""
+        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 class _InOrder(nn.Module):

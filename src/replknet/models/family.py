@@ -6,13 +6,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
-from replknet.models._features import FeatureDict, FeatureList
+from replknet.models._features import FeatureDict, FeatureGetter, FeatureList
 from replknet.models.checkpoints import checkpoint_filter_fn
 from replknet.models.download import local_pretrained_cfg
 from replknet.models.replknet import RepLKNet
 from replknet.models.weights import timm_default_cfgs
 
-_FEATURE_CLASSES = {"list": FeatureList, "dict": FeatureDict}
+_FEATURE_CLASSES = {"list": FeatureList, "dict": FeatureDict, "getter": FeatureGetter}
 
 _STUDY: dict[str, Any] = {"layers": (2, 2, 18, 2), "channels": (128, 256, 512, 1024)}
 
