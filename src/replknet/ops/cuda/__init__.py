@@ -1,6 +1,8 @@
 """Tensor-core kernels for NVIDIA GPUs from sm_80 on, compiled by NVRTC at first use.
 
-Nothing of the compiler or the driver is touched before the first call of `can_run`, `forward` or a gradient.
+Contiguous and channels_last tensors run as they are in 16-bit types; channels_last float32, and channels_last tiles
+that do not fit shared memory, run on contiguous copies, which `runs_natively` tells. Nothing of the compiler or the
+driver is touched before the first call of `can_run`, `forward` or a gradient.
 """
 
 import functools
@@ -9,9 +11,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from replknet.ops._problem import Pass
+from replknet.ops._problem import Pass, is_channels_last
 from replknet.ops.cuda import _plan
-from replknet.ops.cuda._launch import Gpu, Launch, gpu_of, launch
+from replknet.ops.cuda import _plan_channels_last as _plan_cl
+from replknet.ops.cuda._launch import Launch, gpu_of, launch
 
 _FLIP, _RELU = 1, 2
 
@@ -31,16 +34,12 @@ def can_run(
         return f"{dtype} has no tensor-core kernel; float16, bfloat16 and float32 have"
     if max(kh, kw) > _plan.LARGEST_KERNEL:
         return f"a {kh}x{kw} kernel is larger than {_plan.LARGEST_KERNEL}x{_plan.LARGEST_KERNEL}"
-    if channels_last:
-        return "channels_last has no tensor-core kernel"
     if (reason := _front_end()) is not None:
         return reason
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU is sm_{major}{minor}; the kernels need sm_80 or newer"
-    n, c, h, w = (max(1, size) for size in x_shape)
-    shape = _plan.Shape(n, c, h, w, kh, kw, dtype, 3 if dtype == torch.float32 else 1, 2)
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
     plan = _plan.default_weight_grad_tile if pass_ == "weight_grad" else _plan.default_forward_tile
     try:
         plan(shape, gpu_of(index))
@@ -49,17 +48,33 @@ def can_run(
     return None
 
 
+def runs_natively(
+    x_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether channels_last tensors of this shape run without contiguous copies."""
+    shape, index = _nominal(x_shape, *weight_shape[2:], dtype), _index(device)
+    try:
+        _plan_cl.forward_plan(shape, gpu_of(index))
+        _plan_cl.weight_grad_plan(shape, gpu_of(index))
+    except NotImplementedError:
+        return False
+    return True
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """The convolution.
 
     Args:
-        x: `[N, C, H, W]`, contiguous.
+        x: `[N, C, H, W]`, contiguous or channels_last.
         weight: `[C, 1, Kh, Kw]`, contiguous.
         bias: `[C]` or None.
         activation: None or "relu".
 
     Returns:
-        `[N, C, H, W]` like x.
+        `[N, C, H, W]` like x, in x's memory format.
     """
     return _convolve(x, weight, bias, _RELU if activation == "relu" else 0)
 
@@ -70,18 +85,37 @@ def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
-    """Gradient of the convolution to its weight, `[C, 1, kh, kw]` in x's dtype; two calls give the same bits."""
+    """Gradient of the convolution to its weight, `[C, 1, kh, kw]` in x's dtype; two calls give the same bits.
+
+    Args:
+        grad_y, x: `[N, C, H, W]`, both contiguous or both channels_last.
+        kh, kw: kernel size.
+    """
     n, c, h, w = x.shape
     out = torch.empty(c, 1, kh, kw, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out.zero_()
-    plan, total = _weight_grad_launches(_shape(x, kh, kw, grad_y), x.device.index)
+    plan = (
+        _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device))
+        if is_channels_last(x)
+        else None
+    )
+    if plan is not None:
+        sizes = (n, c, h, w, plan.item_images, plan.item_rows, plan.x_stride, plan.y_stride, plan.x_plane, plan.y_plane)
+    else:
+        x, grad_y = x.contiguous(), grad_y.contiguous()
+        plan = _weight_grad_plan(_shape(x, kh, kw, grad_y), _index(x.device))
+        strides = (x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1))
+        sizes = (n, c, h, w, *strides, plan.item_images, plan.item_rows, plan.x_stride, plan.y_stride)
     partial = torch.empty(plan.splits, out.numel(), dtype=torch.float32, device=x.device)
-    launch(
-        plan.launch, x.device, x, grad_y, partial, n, c, h, w,
-        x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1),
-        plan.item_images, plan.item_rows, plan.x_stride, plan.y_stride,
-    )  # fmt: skip
+    launch(plan.launch, x.device, x, grad_y, partial, *sizes)
+    total = Launch(
+        _plan.WEIGHT_GRAD,
+        f"weight_grad_sum<{_plan.DTYPES[x.dtype]}>",
+        (min(65535, -(-out.numel() // 256)), 1, 1),
+        256,
+        0,
+    )
     launch(total, x.device, partial, out, plan.splits, out.numel())
     return out
 
@@ -91,31 +125,83 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int) -> Ten
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    plan = _forward_launch(_shape(x, *weight.shape[2:], y), x.device.index)
-    launch(
-        plan.launch, x.device, x, weight, bias, y, n, c, h, w,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), plan.item_images, plan.item_rows, plan.stride, flags,
-    )  # fmt: skip
+    kh, kw = weight.shape[2:]
+    if not is_channels_last(x):
+        _convolve_contiguous(x, weight, bias, y, flags)
+    elif (plan := _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device))) is not None:
+        tile = (plan.item_images, plan.item_rows, plan.stride, plan.plane)
+        launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *tile, flags)
+    else:
+        copy = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _convolve_contiguous(x.contiguous(), weight, bias, copy, flags)
+        y.copy_(copy)
     return y
+
+
+def _convolve_contiguous(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, flags: int) -> None:
+    n, c, h, w = x.shape
+    plan = _forward_plan(_shape(x, *weight.shape[2:], y), _index(x.device))
+    strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
+    tile = (plan.item_images, plan.item_rows, plan.stride)
+    launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *strides, *tile, flags)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _planes(dtype: torch.dtype) -> int:
+    if dtype != torch.float32:
+        return 1
+    return 2 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3
+
+
+def _alignment(address: int) -> int:
+    return min(16, address & -address)
+
+
+def _nominal(x_shape: tuple[int, int, int, int], kh: int, kw: int, dtype: torch.dtype) -> _plan.Shape:
+    """The shape in its least favourable form: whatever can run it runs every tensor of this shape."""
+    n, c, h, w = (max(1, size) for size in x_shape)
+    return _plan.Shape(n, c, h, w, kh, kw, dtype, 3 if dtype == torch.float32 else 1, 2)
 
 
 def _shape(x: Tensor, kh: int, kw: int, other: Tensor) -> _plan.Shape:
     n, c, h, w = x.shape
-    planes = 1 if x.dtype != torch.float32 else 2 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3
-    address = x.data_ptr() | other.data_ptr() | w * x.element_size()
-    return _plan.Shape(n, c, h, w, kh, kw, x.dtype, planes, min(16, address & -address))
+    align = _alignment(x.data_ptr() | other.data_ptr() | w * x.element_size())
+    return _plan.Shape(n, c, h, w, kh, kw, x.dtype, _planes(x.dtype), align)
+
+
+def _shape_channels_last(x: Tensor, kh: int, kw: int, other: Tensor) -> _plan.Shape:
+    n, c, h, w = x.shape
+    align = _alignment(x.data_ptr() | other.data_ptr() | c * x.element_size())
+    return _plan.Shape(n, c, h, w, kh, kw, x.dtype, _planes(x.dtype), align)
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_launch(shape: _plan.Shape, index: int) -> _plan.ForwardPlan:
+def _forward_plan(shape: _plan.Shape, index: int) -> _plan.ForwardPlan:
     return _plan.forward_plan(shape, gpu_of(index))
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_grad_launches(shape: _plan.Shape, index: int) -> tuple[_plan.WeightGradPlan, Launch]:
-    expression = f"weight_grad_sum<{_plan.DTYPES[shape.dtype]}>"
-    blocks = min(65535, -(-shape.c * shape.kh * shape.kw // 256))
-    return _plan.weight_grad_plan(shape, gpu_of(index)), Launch(_plan.WEIGHT_GRAD, expression, (blocks, 1, 1), 256, 0)
+def _weight_grad_plan(shape: _plan.Shape, index: int) -> _plan.WeightGradPlan:
+    return _plan.weight_grad_plan(shape, gpu_of(index))
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_plan_channels_last(shape: _plan.Shape, index: int) -> _plan_cl.ForwardPlan | None:
+    try:
+        return _plan_cl.forward_plan(shape, gpu_of(index))
+    except NotImplementedError:
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_grad_plan_channels_last(shape: _plan.Shape, index: int) -> _plan_cl.WeightGradPlan | None:
+    try:
+        return _plan_cl.weight_grad_plan(shape, gpu_of(index))
+    except NotImplementedError:
+        return None
 
 
 @functools.cache

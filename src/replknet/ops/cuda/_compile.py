@@ -1,12 +1,14 @@
 """CUDA C++ to kernels: NVRTC through cuda-core at first use, kept on disk.
 
 An entry of the cache is a file of its own, named by a hash of everything that decides its content (source, kernel name,
-options, architecture, NVRTC version), written under a temporary name and renamed: processes that start together may compile the
-same kernel twice, but none reads half a file. Its checksum is verified; a corrupt or foreign entry is compiled again.
+options, architecture, NVRTC version), written under a temporary name and renamed: processes that start together may
+compile the same kernel twice, but none reads half a file. Its checksum is verified; a corrupt or foreign entry is
+compiled again.
 """
 
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import tempfile
@@ -56,9 +58,8 @@ def compile_kernel(names: tuple[str, ...], expression: str, arch: str) -> Compil
 
 
 def _nvrtc(text: str, expression: str, arch: str) -> Compiled:
-    from cuda.core import Program, ProgramOptions
-
-    program = Program(text, "c++", ProgramOptions(arch=arch, **_OPTIONS))
+    core = importlib.import_module("cuda.core")
+    program = core.Program(text, "c++", core.ProgramOptions(arch=arch, **_OPTIONS))
     try:
         code = program.compile("cubin", name_expressions=(expression,))
     except Exception as error:
@@ -69,9 +70,7 @@ def _nvrtc(text: str, expression: str, arch: str) -> Compiled:
 
 @functools.cache
 def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc
-
-    return ".".join(map(str, nvrtc.nvrtcVersion()[1:]))
+    return ".".join(map(str, importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()[1:]))
 
 
 def _entry(names: tuple[str, ...], expression: str, arch: str) -> Path:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import threading
 from dataclasses import dataclass
 
@@ -47,13 +48,13 @@ def launch(plan: Launch, device: torch.device, *arguments: Tensor | int | None) 
     Args:
         plan: the launch.
         device: where all tensors are.
-        arguments: tensors and None become pointers; an int becomes a 64-bit integer, from whose low half a kernel reads an `int`.
+        arguments: tensors and None become pointers; an int becomes a 64-bit integer, from whose low half a kernel
+            reads an `int`.
 
     Raises:
         RuntimeError: the driver refused the launch.
     """
-    from cuda.bindings import driver
-
+    driver = importlib.import_module("cuda.bindings.driver")
     values = (ctypes.c_int64 * len(arguments))(
         *(a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments)
     )
@@ -73,17 +74,14 @@ def launch(plan: Launch, device: torch.device, *arguments: Tensor | int | None) 
 @functools.cache
 def _library(sources: tuple[str, ...], expression: str, arch: str):
     """The loaded kernel, good in every context; kept for the life of the process."""
-    from cuda.core import ObjectCode
-
     compiled = compile_kernel(sources, expression, arch)
-    code = ObjectCode.from_cubin(compiled.cubin, name=expression)
+    code = importlib.import_module("cuda.core").ObjectCode.from_cubin(compiled.cubin, name=expression)
     return code, code.get_kernel(compiled.symbol)
 
 
 @functools.cache
 def _kernel(sources: tuple[str, ...], expression: str, shared_bytes: int, index: int):
-    from cuda.bindings import driver
-
+    driver = importlib.import_module("cuda.bindings.driver")
     with _LOCK:
         _, kernel = _library(sources, expression, gpu_of(index).arch)
         handle = int(kernel.handle)

@@ -1,6 +1,6 @@
 """From a problem to a launch: tile shapes, shared memory, grid. Pure arithmetic, testable without a GPU.
 
-The constants of a kernel's template are computed here a second time; `tests/ops/cuda/test_plan.py` holds both to each other.
+The constants of a kernel's template are computed here a second time; tests hold both to each other.
 """
 
 import math
@@ -14,7 +14,7 @@ FORWARD = ("common.cuh", "forward.cu")
 WEIGHT_GRAD = ("common.cuh", "weight_grad.cu")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 LARGEST_KERNEL = 63
-_HEAD = 256
+HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,14 @@ class ForwardTile:
 
 @dataclass(frozen=True)
 class WeightGradTile:
-    """Tuning parameters of the weight-gradient kernel: as `ForwardTile`; `pairs` kernel row pairs a warp, `shared` output
-    rows that share rows of x, `slices` warps that share the rows for the same kernel rows."""
+    """Tuning parameters of the weight-gradient kernel.
+
+    Attributes:
+        images, groups, producers, stages, blocks: as in `ForwardTile`.
+        pairs: kernel row pairs of a warp.
+        shared: output rows that share rows of x.
+        slices: warps that share the rows for the same kernel row pairs.
+    """
 
     images: int
     pairs: int
@@ -133,8 +139,8 @@ def table_bytes(kh: int, kw: int, columns: Columns, planes: int) -> int:
     (low, high), p = deltas(kw, columns), kw // 2
     smallest, largest = 8 * low - 7 + p, 8 * high + 6 + p
     offset = (1 - smallest) // 2 * 2 if smallest < 0 else -(smallest // 2 * 2)
-    copy = _round_up((kh + 1) // 2 * ((largest + offset) // 2 + 1) * 8, 128) + 64
-    return _round_up(planes * 2 * copy, 128)
+    copy = round_up((kh + 1) // 2 * ((largest + offset) // 2 + 1) * 8, 128) + 64
+    return round_up(planes * 2 * copy, 128)
 
 
 def image_stride(rows: int, blocks: int, images: int) -> tuple[int, int]:
@@ -156,7 +162,7 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
     columns, images = columns_of(shape.w, shape.kw), tile.images * tile.groups
     rows = _item_rows(shape, gpu, tile, columns)
     stage, stride = _forward_stage(shape, columns, tile, rows)
-    zero = _round_up(columns.inputs * 16, 128)
+    zero = round_up(columns.inputs * 16, 128)
     width = copy_width(shape)
     store = 1 if shape.w % 2 else 4 if shape.dtype != torch.float32 and shape.w % 4 == 0 else 2
     template = (
@@ -169,7 +175,7 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
         f"forward_nchw<{', '.join(map(str, template))}>",
         (min(items, gpu.multiprocessors * tile.blocks), 1, 1),
         (tile.warps + tile.producers) * 32,
-        _HEAD + zero + tile.stages * stage,
+        HEAD + zero + tile.stages * stage,
     )
     return ForwardPlan(launch, images, rows, stride)
 
@@ -196,7 +202,7 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
                     tile = _spread(shape, gpu, tile, columns)
                     if _forward_fits(shape, gpu, tile, columns, min(shape.h, _row_step(tile))):
                         return tile
-    raise NotImplementedError(_too_large(shape, gpu))
+    raise NotImplementedError(too_large(shape, gpu))
 
 
 def _spread(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> ForwardTile:
@@ -209,7 +215,7 @@ def _spread(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> Forw
     )
     if tasks >= 8 * gpu.multiprocessors:
         return tile
-    return ForwardTile(tile.images, 1, 1, min(4, tile.warps), 4, tile.stages, 1)
+    return ForwardTile(tile.images, 1, 1, min(4, tile.warps), 4, tile.stages, tile.blocks)
 
 
 def _groups(shape: Shape, images: int) -> tuple[int, ...]:
@@ -222,15 +228,16 @@ def _row_step(tile: ForwardTile | WeightGradTile) -> int:
     return max(2, 16 // tile.images) * (tile.tiles if isinstance(tile, ForwardTile) else 2)
 
 
-def _budget(gpu: Gpu, blocks: int) -> int:
+def budget(gpu: Gpu, blocks: int) -> int:
     """Shared memory of one of several blocks on a multiprocessor, which reserves 1 KiB for each."""
     return gpu.shared_bytes if blocks == 1 else (gpu.shared_bytes + 1024) // blocks - 1024
 
 
-def _too_large(shape: Shape, gpu: Gpu) -> str:
+def too_large(shape: Shape, gpu: Gpu) -> str:
+    """The reason why no tile fits."""
     return (
-        f"a {shape.kh}x{shape.kw} kernel on {shape.h}x{shape.w} maps in {shape.dtype} needs more shared memory than the "
-        f"{gpu.shared_bytes} bytes of this GPU ({gpu.arch})"
+        f"a {shape.kh}x{shape.kw} kernel on {shape.h}x{shape.w} maps in {shape.dtype} needs more shared memory than "
+        f"the {gpu.shared_bytes} bytes of this GPU ({gpu.arch})"
     )
 
 
@@ -239,15 +246,15 @@ def _item_rows(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> i
     items = shape.c * columns.tiles * math.ceil(shape.n / (tile.images * tile.groups))
     step = _row_step(tile)
     cuts = math.ceil(gpu.multiprocessors / items)
-    rows = min(shape.h, _round_up(math.ceil(shape.h / cuts), step))
+    rows = min(shape.h, round_up(math.ceil(shape.h / cuts), step))
     while rows > step and not _forward_fits(shape, gpu, tile, columns, rows):
-        rows = min(_round_up(rows // 2, step), rows - 1)
+        rows = min(round_up(rows // 2, step), rows - 1)
     return rows
 
 
 def _forward_fits(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns, rows: int) -> bool:
     stage, _ = _forward_stage(shape, columns, tile, rows)
-    return _HEAD + _round_up(columns.inputs * 16, 128) + tile.stages * stage <= _budget(gpu, tile.blocks)
+    return HEAD + round_up(columns.inputs * 16, 128) + tile.stages * stage <= budget(gpu, tile.blocks)
 
 
 def _forward_stage(shape: Shape, columns: Columns, tile: ForwardTile, rows: int) -> tuple[int, int]:
@@ -269,7 +276,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None)
         tile.images, tile.pairs, tile.shared, copy_width(shape), warps, tile.producers, tile.stages, tile.blocks,
     )  # fmt: skip
     items = columns.tiles * math.ceil(shape.h / rows) * math.ceil(shape.n / images)
-    splits = _splits(shape.c, items, gpu.multiprocessors * tile.blocks)
+    splits = splits_of(shape.c, items, gpu.multiprocessors * tile.blocks)
     launch = Launch(
         WEIGHT_GRAD,
         f"weight_grad_nchw<{', '.join(map(str, template))}>",
@@ -307,25 +314,25 @@ def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
                 rows = shape.h if images > 1 else min(shape.h, _row_step(tile))
                 if _weight_grad_fits(shape, gpu, tile, columns, rows):
                     return tile
-    raise NotImplementedError(_too_large(shape, gpu))
+    raise NotImplementedError(too_large(shape, gpu))
 
 
 def _weight_grad_rows(shape: Shape, gpu: Gpu, tile: WeightGradTile, columns: Columns) -> int:
     rows, step = shape.h, _row_step(tile)
     while rows > step and not _weight_grad_fits(shape, gpu, tile, columns, rows):
-        rows = min(_round_up(rows // 2, step), rows - 1)
+        rows = min(round_up(rows // 2, step), rows - 1)
     return rows
 
 
 def _weight_grad_fits(shape: Shape, gpu: Gpu, tile: WeightGradTile, columns: Columns, rows: int) -> bool:
-    return _weight_grad_shared(shape, columns, tile, rows) <= _budget(gpu, tile.blocks)
+    return _weight_grad_shared(shape, columns, tile, rows) <= budget(gpu, tile.blocks)
 
 
 def _weight_grad_shared(shape: Shape, columns: Columns, tile: WeightGradTile, rows: int) -> int:
     stage, _, _ = _weight_grad_stage(shape, columns, tile, rows)
-    zero = _round_up(max(columns.inputs, columns.outputs + 1) * 16, 128)
+    zero = round_up(max(columns.inputs, columns.outputs + 1) * 16, 128)
     # The fragments of two column blocks are loaded at once: the last may reach 16 bytes past the stage.
-    return _HEAD + zero + max(tile.stages * stage, _reduction_bytes(shape, columns, tile)) + 128
+    return HEAD + zero + max(tile.stages * stage, _reduction_bytes(shape, columns, tile)) + 128
 
 
 def _weight_grad_stage(shape: Shape, columns: Columns, tile: WeightGradTile, rows: int) -> tuple[int, int, int]:
@@ -345,7 +352,7 @@ def _reduction_bytes(shape: Shape, columns: Columns, tile: WeightGradTile) -> in
     return (rows * shape.kw + 1 + warps * (high - low + 1) * 64) * 4
 
 
-def _splits(channels: int, items: int, slots: int) -> int:
+def splits_of(channels: int, items: int, slots: int) -> int:
     """Blocks a channel: the fewest that keep the multiprocessors within a tenth of evenly busy, at most one an item."""
     best, best_waste = 1, math.inf
     for splits in range(1, min(items, 65535, max(1, 4 * slots // channels) + 1) + 1):
@@ -356,5 +363,6 @@ def _splits(channels: int, items: int, slots: int) -> int:
     return best
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
+    """The next multiple of step."""
     return math.ceil(value / step) * step

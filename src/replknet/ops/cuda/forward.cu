@@ -103,6 +103,31 @@ struct Forward {
     }
   }
 
+  // The same where tiles lie more than a row pair apart: few of them are active at a step, and each needs its own fragments.
+  static __device__ __forceinline__ void accumulate_apart(Acc& acc, u32 xs, int x_row, int x_rows, u32 zero, u32 table, int e, int e_end) {
+    u32 at = xs + x_row * PITCH;
+#pragma unroll 1
+    for (; e < e_end; e += 2, x_row += 2, at += 2 * PITCH) {
+      const u32 row = (unsigned)x_row < (unsigned)x_rows ? at : zero;
+      u32 a[CBI][4];
+#pragma unroll
+      for (int c = 0; c < CBI; c++) ldsm4(a[c], row + c * 16);
+#pragma unroll
+      for (int t = 0; t < MT; t++) {
+        if ((unsigned)(e - TS * t) >= (unsigned)KHP) continue;
+        u32 b[ND][2];
+        load_fragments(b, table, e - TS * t);
+#pragma unroll
+        for (int c = 0; c < CBI; c++)
+#pragma unroll
+          for (int j = 0; j < CBO; j++) {
+            const int d = c - OFF - j - LO;
+            if (d >= 0 && d < ND) mma<DT>(acc[t][j], a[c], b[d]);
+          }
+      }
+    }
+  }
+
   template <int N> static __device__ __forceinline__ void store(void* y, i64 at, const float (&v)[N]) {
     if constexpr (DT == F32) {
       if constexpr (N == 1) ((float*)y)[at] = v[0];

@@ -15,7 +15,6 @@ struct WeightGrad {
   static constexpr int SET_TASKS = GR == 1 && HB > 1 ? 2 : 1, SET_ROWS = GR * HB * SET_TASKS;
   static constexpr int XPITCH = (CBI | ODD) * 16, YPITCH = (CBO | ODD) * 16, ZERO = cdiv(cmax(CBI, CBO + 1) * 16, 128) * 128;
   static constexpr int WG = cdiv(KQ, R), WS = WARPS / WG, HEAD = 256;
-  static_assert(WG * WS == WARPS, "warps");
   static_assert(HB == 1 || GR <= 2, "shared rows");
   using LoadX = Loader<DT, NP, CBI, XPITCH, V, PROD>;
   using LoadY = Loader<DT, NP, CBO, YPITCH, V, PROD>;
@@ -88,6 +87,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
     const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, i64 xsn, i64 xsc, i64 ysn, i64 ysc,
     int item_images, int item_rows, int xstride, int ystride) {
   using K = WeightGrad<DT, NP, KH, KW, CBI, CBO, OFF, NI, R, HB, V, WARPS, PROD, STAGES>;
+  static_assert(K::WG * K::WS == WARPS, "warps");
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, c = blockIdx.x;
   const u32 bars = smem_u32(smem), zero = bars + K::HEAD, stages = zero + K::ZERO;
