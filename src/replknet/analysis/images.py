@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from replknet._errors import UsageError
-from replknet.data.datasets import open_dataset
+from replknet.data.datasets import SCHEMES, open_dataset
 from replknet.data.folders import find_pictures
 from replknet.data.images import BrokenImageError, load_image
 from replknet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -181,7 +181,7 @@ def open_pictures(source: str, *, split: str = "validation") -> Pictures:
         UsageError: there is nothing of that name, or it can only be streamed.
     """
     path = Path(source).expanduser()
-    if path.exists() or ("/" not in source.rstrip("/") and source != "digits"):
+    if path.exists() or (source != "digits" and source.partition("/")[0] not in SCHEMES):
         return FolderPictures(path)
     data = open_dataset(source, split=split)
     if not hasattr(data, "read"):

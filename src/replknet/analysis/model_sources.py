@@ -92,7 +92,11 @@ class ModelSource:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = replace(self, weights=None, pretrained=False).build()
-            return reset_weights(model) if self.is_own else model
+            if not self.is_own:
+                return model
+            # Importing the user's file may have drawn random numbers, and does so only once.
+            torch.manual_seed(seed)
+            return reset_weights(model)
 
     @property
     def is_trained(self) -> bool:
