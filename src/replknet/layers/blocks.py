@@ -62,7 +62,7 @@ class RepLKBlock(nn.Module):
         refuse_training(self)
         self.large_kernel.fuse()
         self.pw1.fuse(pre_norm=self.prelkb_bn)
-        self.prelkb_bn = nn.Identity()
+        self.prelkb_bn = nn.Identity().eval()
         self.pw2.fuse()
         return self
 
@@ -97,6 +97,6 @@ class ConvFFN(nn.Module):
         """Fold every norm; in place, idempotent, evaluation only."""
         refuse_training(self)
         self.pw1.fuse(pre_norm=self.preffn_bn)
-        self.preffn_bn = nn.Identity()
+        self.preffn_bn = nn.Identity().eval()
         self.pw2.fuse()
         return self

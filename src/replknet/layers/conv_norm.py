@@ -57,7 +57,7 @@ class ConvNorm(nn.Module):
         old = self.conv.weight
         self.conv.weight = replaced(old, weight)  # type: ignore[arg-type]
         self.conv.bias = replaced(old, bias)  # type: ignore[arg-type]
-        self.bn = nn.Identity()
+        self.bn = nn.Identity().eval()
         return self
 
 

@@ -94,5 +94,7 @@ def _unpickling_problem(path: Path, error: Exception) -> str:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not isinstance(error, (RuntimeError, OSError, ValueError)) or not text:
+        text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 160 else text[:157] + "..."

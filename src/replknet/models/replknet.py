@@ -310,7 +310,7 @@ class RepLKNet(nn.Module):
         bias = to_float64(self.head.bias)
         weight, bias = fold_before(to_float64(self.head.weight), bias, *norm_affine(self.norm))
         self.head.weight, self.head.bias = replaced(self.head.weight, weight), replaced(self.head.bias, bias)
-        self.norm = nn.Identity()
+        self.norm = nn.Identity().eval()
         self.norm_in_head = True
 
 
