@@ -111,6 +111,8 @@ class Classification(lightning.LightningModule):
         return torch.optim.AdamW(groups, lr=settings.lr(0), betas=settings.betas, eps=settings.eps)
 
     def on_fit_start(self) -> None:
+        # Lightning leaves the modes of modules as they are.
+        self.train()
         for ema in self._ema:
             ema.to(self.device)
 
@@ -128,7 +130,7 @@ class Classification(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self.mixing(*batch)
-        loss = self.mixing.loss(self(images), targets)
+        loss = self.mixing.loss(_at_least_float32(self(images)), targets)
         self.last_loss = loss.detach()
         return loss
 
@@ -184,8 +186,13 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         `[4]` float64. With five classes or fewer, every image counts as right within rank 5.
     """
-    logits = logits.float()
+    logits = _at_least_float32(logits)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
     sums = (ranked[:, 0].sum(), ranked.sum(), loss, (labels != IGNORE).sum())
     return torch.stack([value.double() for value in sums])
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    # Autocast on a CPU would compute the loss in bfloat16.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

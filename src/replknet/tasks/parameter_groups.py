@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
     (head) by the model's `group_matcher`, a parameter of layer i has `lr_scale` = d ** (L - i); RepLKNets have L = 13.
 
     Args:
-        model: a timm model, or any module (without a `group_matcher`, layers are cut into equal runs of parameters).
+        model: a timm model, or any module that holds one.
         weight_decay: for the groups that decay.
         layer_decay: d, in (0, 1]; 1 gives every group `lr_scale` 1.
 
@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
         ("decay", "layer_3_no_decay", ...), in the order in which the model's parameters first need them.
 
     Raises:
-        UsageError: layer_decay out of range, or nothing left to train.
+        UsageError: layer_decay out of range, or for a model without layer numbers, or nothing left to train.
 
     Source: `get_parameter_groups` in the official release's optim_factory.py; BEiT, arXiv:2106.08254.
     """
@@ -33,6 +33,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
         raise UsageError(f"layer_decay must be in (0, 1], got {layer_decay}")
     layers = layer_ids(model) if layer_decay < 1 else {}
     last = max(layers.values(), default=0)
+    if layer_decay < 1 and last == 0:
+        raise UsageError(f"{type(model).__name__} does not tell its layers (no group_matcher): set layer_decay to 1")
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -57,8 +59,15 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Layer number of each parameter, 0 for the stem and the largest for the head."""
-    matcher = getattr(model, "group_matcher", None)
-    if matcher is None:
+    """Layer number of each parameter, 0 for the stem and the largest for the head.
+
+    In a wrapper the outermost module with a `group_matcher` counts; what lies outside it has no number.
+    """
+    owners = [(name, module) for name, module in model.named_modules() if hasattr(module, "group_matcher")]
+    if not owners:
         return auto_group_layers(model)
-    return group_parameters(model, matcher(coarse=False), reverse=True)
+    prefix, owner = owners[0]
+    matcher = owner.group_matcher(coarse=False)  # type: ignore[operator]
+    # With reverse=True timm returns name to layer, whatever its annotation says.
+    layers: Any = group_parameters(owner, matcher, reverse=True)
+    return {f"{prefix}.{name}" if prefix else name: layer for name, layer in layers.items()}

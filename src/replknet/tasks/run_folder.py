@@ -58,7 +58,8 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"cuda": torch.version.cuda or "none"}
+    # The package's metadata leave out the build.
+    return found | {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
 
 def device_name() -> str:

@@ -6,6 +6,8 @@ Pure functions leave nothing to save in a checkpoint and nothing to get out of s
 import math
 from dataclasses import dataclass
 
+from replknet._errors import UsageError
+
 
 @dataclass(frozen=True)
 class WarmupCosine:
@@ -27,7 +29,7 @@ class WarmupCosine:
         start: value at step 0 of the warm-up.
 
     Raises:
-        ValueError: no steps, or a warm-up as long as the training.
+        UsageError: no steps, or a warm-up as long as the training.
 
     Source: `cosine_scheduler` in the official release's utils.py; cosine from Loshchilov and Hutter, arXiv:1608.03983.
     """
@@ -40,9 +42,9 @@ class WarmupCosine:
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+            raise UsageError(f"total_steps must be at least 1, got {self.total_steps}")
         if not 0 <= self.warmup_steps < self.total_steps:
-            raise ValueError(
+            raise UsageError(
                 f"a warm-up of {self.warmup_steps} steps does not fit a training of {self.total_steps} steps; "
                 "lower warmup_epochs (or warmup_steps), or train longer"
             )

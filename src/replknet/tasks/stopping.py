@@ -24,26 +24,31 @@ class RunStoppedError(RunError):
 
 
 class StopRequest:
-    """Listens for stop signals between `listen` and `close`; a second Ctrl-C interrupts without saving."""
+    """Listens for stop signals between `listen` and `close`; a second Ctrl-C interrupts without saving.
+
+    `close` puts back the handlers that were there when the object was made.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._previous: dict[int, object] = {}
+        numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+        self._previous = {number: signal.getsignal(number) for number in numbers}
+        self._listening = False
 
     def listen(self) -> None:
         """Install the handlers; does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for signum in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-            if signum not in self._previous:
-                self._previous[signum] = signal.getsignal(signum)
+        self._listening = True
+        for signum in self._previous:
             signal.signal(signum, self._remember)
 
     def close(self) -> None:
         """Put the earlier handlers back."""
+        if not self._listening:
+            return
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
-        self._previous = {}
+            signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum

@@ -198,6 +198,7 @@ def train(
     config: TrainConfig,
     *,
     data: ImageData | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
     on_stop: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train as `config` says; continue where `config.resume` says.
@@ -205,6 +206,7 @@ def train(
     Args:
         config: every option.
         data: a data module instead of the one that `config` describes.
+        callbacks: further ones of Lightning's.
         on_stop: called with the signal number when a stop signal came and the state is saved; see `RunCheckpoints`.
 
     Raises:
@@ -213,10 +215,15 @@ def train(
         RunStoppedError: a signal stopped it; the state is saved.
     """
     with quiet():
-        return _train(_checked(config), data, on_stop)
+        return _train(_checked(config), data, callbacks, on_stop)
 
 
-def _train(config: TrainConfig, data: ImageData | None, on_stop: Callable[[int], None] | None) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    data: ImageData | None,
+    callbacks: Sequence[lightning.Callback],
+    on_stop: Callable[[int], None] | None,
+) -> TrainResult:
     started = time.monotonic()
     folder = Path(config.output).expanduser().absolute()
     resume = find_resume(config.resume, folder / "checkpoints")
@@ -226,7 +233,7 @@ def _train(config: TrainConfig, data: ImageData | None, on_stop: Callable[[int],
         config.hardware,
         folder,
         epochs=config.epochs,
-        callbacks=[Progress()] if config.progress else [],
+        callbacks=[*callbacks, *([Progress()] if config.progress else [])],
         loggers=loggers,
         clip_grad=config.clip_grad,
         progress=config.progress,
@@ -248,6 +255,7 @@ def _train(config: TrainConfig, data: ImageData | None, on_stop: Callable[[int],
     position = read_position(resume, identity) if resume else {"epoch": 0, "batch": 0, "step": 0}
     trainer.accumulate_grad_batches = plan.accumulation
     trainer.limit_train_batches = steps * plan.accumulation
+    trainer.limit_val_batches = 1.0 if data.num_val else 0
     stop = StopRequest()
     checkpoints = RunCheckpoints(
         folder / "checkpoints",

@@ -1,0 +1,315 @@
+"""`train` on real digits: what a run leaves behind, exact resumption, fine-tuning, and clear refusals."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import lightning
+import pytest
+import torch
+import yaml
+
+from replknet._errors import RunError, UsageError
+from replknet.data import NO_AUGMENTATION
+from replknet.tasks.stopping import RunStoppedError
+from replknet.tasks.train import train
+from replknet.tasks.trainer import Hardware
+
+
+class SignalAt(lightning.Callback):
+    """Sends this process a signal while step `step` runs."""
+
+    def __init__(self, step: int, signum: int = signal.SIGUSR1):
+        self.step, self.signum = step, signum
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+def losses(folder) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+def scores(folder) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "val/top1" in record]
+
+
+def state(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal_to_the_last_bit(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_to_the_last_bit(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_to_the_last_bit(a, b, f"{where}/{index}")
+    else:
+        assert one == other, where
+
+
+WHAT_COUNTS = ("state_dict", "model_ema", "optimizer_states", "global_step", "run")
+
+
+def assert_same_run(folder, reference):
+    assert losses(folder) == losses(reference)
+    assert scores(folder) == scores(reference)
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = state(folder / "checkpoints" / name), state(reference / "checkpoints" / name)
+        for key in WHAT_COUNTS:
+            assert_equal_to_the_last_bit(one[key], other[key], f"{name}/{key}")
+
+
+@pytest.fixture(scope="module")
+def reference(small_config, digits_folder, tmp_path_factory):
+    """A run of 24 steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    return train(small_config(digits_folder, folder))
+
+
+def test_a_run_leaves_everything_behind(reference, digits_folder):
+    folder = reference.folder
+    assert reference.steps == 24
+    assert [step for step, _ in losses(folder)] == list(range(1, 25))
+    assert len(scores(folder)) == 3
+    assert reference.final == {k: v for k, v in scores(folder)[-1].items() if k.startswith("val")}
+    assert set(reference.final) == {f"{a}/{b}" for a in ("val", "val_ema") for b in ("top1", "top5", "loss")}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["model"], config["global_batch"], config["seed"]) == ("test_resnet", 8, 0)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["batch"]["steps_per_epoch"] == 8
+    assert len(environment["git"]["commit"]) == 40
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 24 + 3
+    assert rows[0].startswith("step,epoch,train/loss,train/lr,")
+
+
+def test_the_checkpoint_says_what_it_holds(reference):
+    checkpoint = state(reference.last)
+    description = checkpoint["replknet"]
+    assert description["model"] == "test_resnet"
+    assert description["class_names"] == [str(digit) for digit in range(10)]
+    assert (description["image_size"], description["in_chans"], description["num_classes"]) == (16, 3, 10)
+    assert set(checkpoint["model_ema"]) == {key.removeprefix("model.") for key in checkpoint["state_dict"]}
+    assert checkpoint["run"]["position"] == {"epoch": 3, "batch": 0, "step": 24}
+
+
+def test_the_same_configuration_gives_the_same_run(small_config, reference, digits_folder, tmp_path):
+    train(small_config(digits_folder, tmp_path))
+    assert_same_run(tmp_path, reference.folder)
+
+
+# 3: first epoch; 8 and 16: last step of an epoch; 9: first of the second; 23: last but one.
+@pytest.mark.parametrize("step", [3, 8, 9, 23])
+def test_a_stopped_run_goes_on_to_the_last_bit(small_config, reference, digits_folder, tmp_path, step):
+    config = small_config(digits_folder, tmp_path, resume="auto")
+    with pytest.raises(RunStoppedError, match=f"SIGUSR1 after step {step}"):
+        train(config, callbacks=[SignalAt(step)])
+    assert state(tmp_path / "checkpoints/last.ckpt")["global_step"] == step
+    result = train(config)
+    assert result.steps == 24
+    assert_same_run(tmp_path, reference.folder)
+
+
+def test_a_run_stopped_again_and_again_with_accumulation_and_workers(small_config, digits_folder, tmp_path):
+    options = {"max_batch_per_device": 2, "log_every": 3, "epochs": 2}
+    train(small_config(digits_folder, tmp_path / "whole", **options))
+    config = small_config(digits_folder, tmp_path / "parts", resume="auto", **options)
+    config = replace(config, loader=replace(config.loader, workers=1))
+    for step in (2, 7, 13):
+        with pytest.raises(RunStoppedError):
+            train(config, callbacks=[SignalAt(step, signal.SIGTERM)])
+    train(config)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_signal_handlers_are_put_back(small_config, digits_folder, tmp_path):
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    with pytest.raises(RunStoppedError):
+        train(small_config(digits_folder, tmp_path), callbacks=[SignalAt(2, signal.SIGINT)])
+    assert {name: signal.getsignal(name) for name in before} == before
+
+
+def test_auto_looks_into_its_own_folder_only(small_config, reference, digits_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(reference.folder / "checkpoints")
+    result = train(small_config(digits_folder, tmp_path / "new", resume="auto", epochs=2, validate=False))
+    assert result.steps == 16
+    assert losses(tmp_path / "new")[0][0] == 1
+    assert result.best is None
+    assert result.final == {}
+
+
+def test_a_checkpoint_elsewhere_and_a_run_folder_can_be_resumed(small_config, reference, digits_folder, tmp_path):
+    with pytest.raises(RunStoppedError):
+        train(small_config(digits_folder, tmp_path / "first"), callbacks=[SignalAt(11)])
+    for name in ("first", "first/checkpoints/last.ckpt"):
+        folder = tmp_path / f"from-{name.replace('/', '-')}"
+        train(small_config(digits_folder, folder, resume=str(tmp_path / name)))
+        assert losses(folder) == losses(reference.folder)[11:]
+        assert_equal_to_the_last_bit(
+            state(folder / "checkpoints/last.ckpt")["state_dict"], state(reference.last)["state_dict"]
+        )
+
+
+def test_a_finished_run_has_nothing_left_to_do(small_config, digits_folder, tmp_path):
+    config = small_config(digits_folder, tmp_path, epochs=2, resume="auto")
+    first = train(config)
+    again = train(config)
+    assert again.steps == first.steps == 16
+    assert again.metrics == first.metrics
+    assert again.final == first.final
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 4}, "epochs 3 -> 4"),
+        ({"model": "test_vit", "drop_path": 0.1}, "model 'test_resnet' -> 'test_vit'"),
+        ({"lr": 1e-3, "seed": 1}, "lr 0.002 -> 0.001, seed 0 -> 1"),
+        ({"hardware": {"precision": "bf16"}}, "precision 'fp32' -> 'bf16'"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_run_is_refused(small_config, reference, digits_folder, tmp_path, change, words):
+    if "hardware" in change:
+        change = {"hardware": Hardware(**change["hardware"])}
+    with pytest.raises(RunError, match="belongs to another run") as refused:
+        train(small_config(digits_folder, tmp_path / "new", resume=str(reference.last), **change))
+    assert words in str(refused.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(small_config, reference, digits_folder, tmp_path):
+    whole = reference.last.read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    for name in ("half", "text", "weights"):
+        with pytest.raises(RunError, match="damaged or no checkpoint"):
+            train(small_config(digits_folder, tmp_path / "new", resume=str(tmp_path / f"{name}.ckpt")))
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        train(small_config(digits_folder, tmp_path / "new", resume=str(tmp_path / "none.ckpt")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(small_config, digits_folder, tmp_path):
+    class Poison(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 12:
+                next(pl_module.parameters()).grad.fill_(float("nan"))
+
+    for log_every in (1, 5, 100):
+        folder = tmp_path / str(log_every)
+        config = small_config(digits_folder, folder, log_every=log_every, checkpoint_every=1)
+        with pytest.raises(RunError, match=r"not finite|became nan"):
+            train(config, callbacks=[Poison()])
+        checkpoint = state(folder / "checkpoints/last.ckpt")
+        assert checkpoint["global_step"] == 12
+        assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": ""}, "no model"),
+        ({"data": ""}, "no data"),
+        ({"model": "replknet_31bb"}, "replknet_31b"),
+        ({"num_classes": 12}, "12 classes were asked for"),
+        ({"global_batch": 100}, "fewer than one global batch"),
+        ({"global_batch": 7}, "even number"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"warmup_epochs": 3}, "warm-up of 24 steps"),
+        ({"freeze": ["stem"]}, "no module is named 'stem'"),
+        ({"model_kwargs": {"depth": 3}}, "does not take"),
+        ({"weights": "/nowhere.pth"}, "/nowhere.pth"),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"wandb": "project"}, "pip install wandb"),
+        ({"hardware": Hardware(accelerator="gpu")}, "cannot run"),
+        ({"hardware": Hardware(strategy="fsdp")}, "fsdp"),
+        ({"hardware": Hardware(precision="fp16", accelerator="cpu")}, "fp16"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_met_leaves_nothing_behind(small_config, digits_folder, tmp_path, options, words):
+    if options.get("wandb") and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    if "gpu" in str(options) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UsageError) as refused:
+        train(small_config(digits_folder, tmp_path / "run", **options))
+    assert words in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(small_config, digits_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="cannot write there"):
+        train(small_config(digits_folder, tmp_path / "file" / "run"))
+
+
+def test_fine_tuning_starts_a_new_head_only_for_other_classes(small_config, reference, digits_folder, tmp_path, caplog):
+    weights = str(reference.last)
+    frozen = {"weights": weights, "epochs": 2, "lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "ema_decay": 0.0}
+    same = train(small_config(digits_folder, tmp_path / "same", **frozen))
+    assert "head starts anew" not in caplog.text
+    old, new = state(reference.last)["model_ema"], state(same.last)["state_dict"]
+    assert all(
+        torch.equal(new[f"model.{key}"], old[key]) for key in old if key.endswith("weight") and old[key].ndim > 1
+    )
+
+    two = tmp_path / "two"
+    for split in ("train", "val"):
+        for label in "01":
+            shutil.copytree(digits_folder / split / label, two / split / label)
+    options = {"global_batch": 4, "image_size": 24, "in_chans": 1, "mean": [0.5], "std": [0.5]}
+    other = train(small_config(two, tmp_path / "other", **frozen | options))
+    assert "is for 10 classes and the data have 2: the head starts anew" in caplog.text
+    assert "first convolution was adapted to 1" in caplog.text
+    new = state(other.last)["state_dict"]
+    assert new["model.fc.weight"].shape[0] == 2
+    first = next(key for key in old if key.startswith("conv1"))
+    torch.testing.assert_close(new[f"model.{first}"], old[first].sum(1, keepdim=True))
+    assert torch.equal(new["model.layer1.0.conv1.weight"], old["layer1.0.conv1.weight"])
+    assert state(other.last)["replknet"]["in_chans"] == 1
+
+
+def test_frozen_stages_stay(small_config, reference, digits_folder, tmp_path):
+    options = {
+        "weights": str(reference.last),
+        "use_ema_weights": False,
+        "freeze": ["conv1", "bn1", "layer1"],
+        "epochs": 2,
+    }
+    tuned = train(small_config(digits_folder, tmp_path, **options))
+    old, new = state(reference.last)["state_dict"], state(tuned.last)["state_dict"]
+    for key, value in new.items():
+        kept = key.startswith(("model.conv1", "model.bn1", "model.layer1"))
+        assert torch.equal(value, old[key]) == kept, key
+
+
+def test_weights_of_another_architecture_are_refused(small_config, reference, digits_folder, tmp_path):
+    with pytest.raises(RunError, match="another architecture"):
+        train(small_config(digits_folder, tmp_path / "run", model="replknet_nano", weights=str(reference.last)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_on_a_cpu_learns(small_config, digits_folder, tmp_path):
+    # Not 16 pixels: for kernels larger than the map, oneDNN's bfloat16 weight gradient holds garbage in unused taps.
+    options = {"hardware": Hardware(precision="bf16"), "mixup": 0.0, "cutmix": 0.0, "drop_path": None, "epochs": 6}
+    options |= {"image_size": 64, "augmentation": NO_AUGMENTATION}
+    curve = [loss for _, loss in losses(train(small_config(digits_folder, tmp_path, **options)).folder)]
+    assert sum(curve[-8:]) < 0.8 * sum(curve[:8])
