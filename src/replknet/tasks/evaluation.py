@@ -104,7 +104,8 @@ def evaluate(
     """Score `model` on the batches `(images, labels)` of a loader.
 
     Args:
-        model: images `[N, C, H, W]` → logits `[N, outputs]`; put in evaluation mode and on `device`.
+        model: images `[N, C, H, W]` → logits `[N, outputs]`; put in evaluation mode and on `device`, and for float64
+            in that precision.
         loader: from `replknet.data.evaluation_loader`; labels are outputs of the network, `IGNORE` does not count.
         device: where to run; that of the model by default.
         dtype: float32, or bfloat16/float16 for autocast, or float64.
@@ -139,7 +140,9 @@ def compare_merged(
     on_device: Callable[[Tensor], Tensor] | None = None,
 ) -> MergeComparison:
     """Score `model` and a re-parameterised copy of it on the same batches; arguments as for `evaluate`."""
-    merged = reparameterize(copy.deepcopy(model).eval())
+    # Merged in the precision that it runs in, so that only the merging shows.
+    merged = copy.deepcopy(model).eval()
+    merged = reparameterize(merged.double() if dtype == torch.float64 else merged)
     (before, after), difference = _run(
         [model, merged], loader, device, dtype, outputs, real_labels, confusion, channels_last, on_batch, on_device
     )
