@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from replknet._errors import UsageError
 
 COMMANDS: dict[str, str] = {
+    "bench": "time the operator and whole models",
     "models": "list the models and all official weights, with costs and scores",
     "info": "show one model part by part",
     "export": "export to ONNX, torch.export, AOTInductor or TorchScript, checked",
+    "push": "write a model in timm's Hugging Face format, and upload it",
     "convert": "convert weights between official, timm and mmpretrain, and merge them",
     "train": "train or fine-tune a classifier",
+    "submit": "submit a training to SLURM, or run it in the background",
     "predict": "name what is in pictures",
     "demo": "train, score, merge and look into a small network on real pictures, in minutes",
     "eval": "score a classifier on a data set, before and after merging",

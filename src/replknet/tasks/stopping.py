@@ -5,6 +5,7 @@ Saving inside a signal handler can hang on a lock that the interrupted code hold
 
 import signal
 import threading
+from collections.abc import Collection
 from types import FrameType
 
 from replknet._errors import RunError
@@ -27,9 +28,13 @@ class StopRequest:
     """Listens for stop signals between `listen` and `close`; a second Ctrl-C interrupts without saving.
 
     `close` puts back the handlers that were there when the object was made.
+
+    Args:
+        ignored: stop signals to pass over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: Collection[int] = ()) -> None:
+        self.ignored = frozenset(ignored)
         self.signum: int | None = None
         numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
         self._previous = {number: signal.getsignal(number) for number in numbers}
@@ -51,6 +56,8 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if signum in self.ignored:
+            return
         self.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,6 @@
 """Train or fine-tune a classifier: from one configuration to a run folder."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from timm.models import get_pretrained_cfg, is_model
 
+from replknet import _env
 from replknet._errors import UsageError
 from replknet.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ImageData, ImageFormat, LoaderConfig
 from replknet.tasks import run_folder
@@ -256,7 +258,8 @@ def _train(
     trainer.accumulate_grad_batches = plan.accumulation
     trainer.limit_train_batches = steps * plan.accumulation
     trainer.limit_val_batches = 1.0 if data.num_val else 0
-    stop = StopRequest()
+    # SLURM sends SIGTERM with submitit's SIGUSR2 at a preemption, and alone when a user cancels the job.
+    stop = StopRequest(ignored={signal.SIGTERM} if _env.submitit_executor() else ())
     checkpoints = RunCheckpoints(
         folder / "checkpoints",
         identity,
