@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from replknet import reparameterize
+from replknet._errors import RunError, UsageError
+from replknet.cli import main
+from replknet.export.hub import model_card, push_model, save_model
+
+
+def images(chans: int = 3) -> torch.Tensor:
+    return torch.rand(2, chans, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def unusual(**kwargs) -> Any:
+    torch.manual_seed(6)
+    model = timm.create_model("replknet_nano", **kwargs).eval()
+    for key, value in model.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2.0)
+    return model
+
+
+@pytest.mark.parametrize("form", ["train", "merged", "fused"])
+@torch.no_grad()
+def test_a_folder_gives_the_same_model_back(tmp_path, form):
+    model = unusual(num_classes=4, in_chans=1, layers=(1, 1, 1, 1), small_kernel=5)
+    if form != "train":
+        reparameterize(model, fold_norms=form == "fused")
+    want = model(images(1))
+    save_model(model, tmp_path / "m", class_names=["a", "b", "c", "d"], data_config={"mean": (0.1,), "std": (0.2,)})
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    again: Any = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    assert torch.equal(again(images(1)), want)
+    assert again.form == form
+    assert again.pretrained_cfg["label_names"] == ["a", "b", "c", "d"]
+    assert list(again.pretrained_cfg["mean"]) == [0.1]
+
+
+@torch.no_grad()
+def test_features_and_a_new_head_from_a_folder(tmp_path):
+    model = unusual(num_classes=4)
+    save_model(model, tmp_path / "m")
+    features: Any = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, features_only=True).eval()
+    assert torch.equal(features(images())[-1], model.forward_features(images()))
+    other: Any = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, num_classes=9)
+    assert torch.equal(other.stem[0].conv.weight, model.stem[0].conv.weight)
+
+
+@torch.no_grad()
+def test_a_fresh_process_loads_the_folder(tmp_path):
+    model = unusual(num_classes=4)
+    save_model(model, tmp_path / "m")
+    torch.save(images(), tmp_path / "x.pt")
+    code = "import replknet, timm, torch; m = timm.create_model('local-dir:m', pretrained=True).eval();"
+    code += "torch.save(m(torch.load('x.pt')).detach(), 'y.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "y.pt"), model(images()))
+
+
+def test_models_of_others_are_saved_too(tmp_path):
+    save_model(timm.create_model("test_resnet", num_classes=3), tmp_path / "m")
+    assert timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).num_classes == 3
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "replknet" not in card.lower()
+
+
+def test_card(tmp_path):
+    card = model_card(unusual(), "flowers", {"top-1 on Flowers": 91.234}, "Flowers", "mit")
+    assert card.startswith("---\ntags:")
+    assert "license: mit\n" in card
+    assert "| top-1 on Flowers | 91.23 |" in card
+    assert "trained on: Flowers" in card
+    assert "@inproceedings{ding2022replknet" in card
+    assert "None were measured" in model_card(unusual(), "x", None, None, "mit")
+
+
+def test_requests_that_are_refused(tmp_path):
+    model = unusual(num_classes=4)
+    with pytest.raises(UsageError, match="2 class names for 4 outputs"):
+        save_model(model, tmp_path / "m", class_names=["a", "b"])
+    with pytest.raises(UsageError, match="was not built by timm"):
+        save_model(torch.nn.Linear(2, 2), tmp_path / "m")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "precious").write_text("x")
+    with pytest.raises(UsageError, match="exists"):
+        save_model(model, tmp_path / "m")
+    save_model(model, tmp_path / "m", overwrite=True)
+    assert not (tmp_path / "m" / "precious").exists()
+    with pytest.raises(UsageError, match="no model folder"):
+        push_model(tmp_path, "me/m")
+    with pytest.raises(UsageError, match="no name on the hub"):
+        push_model(tmp_path / "m", "me/m/x")
+
+
+def test_a_hub_out_of_reach_is_a_clear_failure(tmp_path):
+    save_model(unusual(), tmp_path / "m")
+    with pytest.raises(RunError, match="the hub did not take me/m"):
+        push_model(tmp_path / "m", "me/m")
+
+
+def test_push_sends_the_whole_folder(tmp_path, monkeypatch):
+    calls: list = []
+
+    class Api:
+        def __init__(self, **kwargs):
+            pass
+
+        def create_repo(self, repo, **kwargs):
+            calls.append(("create", repo, kwargs))
+            return type("Url", (str,), {"repo_id": repo})(f"https://hub/{repo}")
+
+        def upload_folder(self, **kwargs):
+            calls.append(("upload", kwargs["repo_id"], sorted(p.name for p in kwargs["folder_path"].iterdir())))
+
+    monkeypatch.setattr("replknet.export.hub.HfApi", Api)
+    save_model(unusual(), tmp_path / "m")
+    assert push_model(tmp_path / "m", "me/m", private=True) == "https://hub/me/m"
+    assert calls == [
+        ("create", "me/m", {"private": True, "exist_ok": True}),
+        ("upload", "me/m", ["README.md", "config.json", "model.safetensors"]),
+    ]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(unusual(num_classes=4).state_dict(), "w.pth")
+    arguments = ["push", "me/flowers", "--model", "replknet_nano", "--weights", "w.pth", "--dry-run"]
+    assert main([*arguments, "--results", "{top-1: 91.5}", "--merged", "true"]) == 0
+    assert "nothing was uploaded" in capsys.readouterr().out
+    config = json.loads((tmp_path / "flowers" / "config.json").read_text())
+    assert config["architecture"] == "replknet_nano"
+    assert config["num_classes"] == 4
+    assert "| top-1 | 91.50 |" in (tmp_path / "flowers" / "README.md").read_text()
+    assert main(arguments) == 2
+    assert main(["push", "me/flowers", "--model", "replknet_nano", "--dry-run"]) == 2
+    assert main(["push", "not a name", "--model", "replknet_nano", "--weights", "w.pth"]) == 2
