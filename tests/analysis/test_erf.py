@@ -433,3 +433,37 @@ def test_fewer_images_than_asked_for_is_said(nano, images, caplog):
 def test_no_parameter_gets_a_gradient(nano, images):
     effective_receptive_field(nano, images, n=1)
     assert all(parameter.grad is None for parameter in nano.parameters())
+
+
+def test_checkpointing_starts_by_itself_for_large_images_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("replknet.analysis.erf._LARGE_IMAGE", 64 * 64)
+    calls = []
+
+    class Thrifty(nn.Conv2d):
+        grad_checkpointing = False
+
+        def set_grad_checkpointing(self, enable=True):
+            calls.append(enable)
+            self.grad_checkpointing = enable
+
+    model = Thrifty(3, 4, 3, padding=1)
+    for side, expected in ((32, []), (64, [True])):
+        effective_receptive_field(model, torch.randn(1, 3, side, side), layer="output", n=1)
+        assert calls == expected
+        assert not model.grad_checkpointing
+    effective_receptive_field(model, torch.randn(1, 3, 64, 64), layer="output", n=1, checkpointing=False)
+    assert calls == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("merged", [False, True])
+def test_gpu_gives_the_cpus_matrix(nano, images, cuda, merged):
+    model = timm.create_model("replknet_nano").eval()
+    model.load_state_dict(nano.state_dict())
+    if merged:
+        replknet.reparameterize(model)
+    expected = effective_receptive_field(model, images, n=5).matrix
+    got = effective_receptive_field(model, images, n=5, batch_size=3, device=cuda, dtype=torch.float64)
+    assert error(got.matrix, expected) < 1e-4
+    rough = effective_receptive_field(model, images, n=5, batch_size=5, device=cuda, dtype=torch.bfloat16)
+    assert error(rough.matrix, expected) < 0.2

@@ -38,6 +38,9 @@ Score = Literal["relu", "sum"]
 
 logger = logging.getLogger(__name__)
 
+# Pixels from which activations of a deep network fill gigabytes.
+_LARGE_IMAGE = 512 * 512
+
 _PER_PIXEL: dict[str, Callable[[Tensor], Tensor]] = {
     "release": torch.relu,
     "abs": torch.abs,
@@ -89,7 +92,7 @@ def effective_receptive_fields(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     layout: Layout = "auto",
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
     state_file: Path | str | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, ErfResult]:
@@ -110,7 +113,8 @@ def effective_receptive_fields(
         device: where to run; None: where the model is.
         dtype: float32, float64, or bfloat16/float16 (autocast).
         layout: how to read the layers' outputs.
-        checkpointing: trade a second forward for memory, where the model offers `set_grad_checkpointing`.
+        checkpointing: trade a second forward for memory by the model's `set_grad_checkpointing`. None: on the CPU for
+            large images, where it costs little, if the model offers it.
         state_file: sums are kept here (atomically, every ten seconds) and taken up again by a later call with the same
             model, images and settings, which then gives the same matrix. Removed when done.
         progress: called with images done and `n`.
@@ -123,8 +127,11 @@ def effective_receptive_fields(
     _check_options(variant, score, n, batch_size)
     device = torch.device(device) if device is not None else _device_of(model)
     stream = SingleImages(images)
+    first = stream.peek()
+    if checkpointing is None:
+        large = first.shape[-2] * first.shape[-1] >= _LARGE_IMAGE
+        checkpointing = large and device.type == "cpu" and hasattr(model, "set_grad_checkpointing")
     with _frozen(model, device, dtype, checkpointing) as frozen:
-        first = stream.peek()
         probe = first[None].to(device, _input_dtype(dtype))
         with _autocast(device, dtype):
             names = resolve_layers(frozen, layers, probe)
@@ -292,14 +299,17 @@ def _frozen(model: nn.Module, device: torch.device, dtype: torch.dtype, checkpoi
         raise UsageError(f"{type(model).__name__} offers no activation checkpointing; run without it")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    stored = [
+        (module, module.grad_checkpointing) for module in model.modules() if hasattr(module, "grad_checkpointing")
+    ]
     try:
         model.to(device).eval().requires_grad_(False)
         if checkpointing and set_checkpointing is not None:
             set_checkpointing(True)
         yield copy.deepcopy(model).double() if dtype == torch.float64 else model
     finally:
-        if checkpointing and set_checkpointing is not None:
-            set_checkpointing(False)
+        for module, value in stored:
+            module.grad_checkpointing = value  # pyright: ignore[reportAttributeAccessIssue]
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:

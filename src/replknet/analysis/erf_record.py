@@ -76,7 +76,7 @@ def warnings_about(
         trained: False for random weights.
         shuffled: False where the pictures came in their collection's order.
         own_normalisation: whether the images were normalised as the network's training images were.
-        silent: scales that are zero, see `model_sources.silent_scales`.
+        silent: scales that are zero, see `replknet erf`.
     """
     height, width = result.matrix.shape
     side = min(height, width)

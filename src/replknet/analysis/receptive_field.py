@@ -8,7 +8,6 @@ field unbounded. The image's border is ignored, so the size may exceed the image
 Source: Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks", distill.pub.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from replknet._errors import UsageError
 from replknet.analysis.features import FORWARD_FEATURES, OUTPUT, layout_hints, record, to_feature_map
+from replknet.layers.empty_copy import empty_copy
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def theoretical_receptive_field(
     Raises:
         UsageError: the layer is not called or has no spatial features, or the model cannot run on meta tensors.
     """
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = empty_copy(model).eval()
     tracer = _Tracer()
     image = torch.empty(1, in_chans, *image_size, device="meta")
     tracer.start(image)

@@ -33,8 +33,8 @@ from replknet.analysis.erf import ErfResult, Score, Variant, effective_receptive
 from replknet.analysis.erf_record import LOG_WARNING
 from replknet.analysis.features import Layout
 from replknet.analysis.images import NOISE, Broken, NoiseImages, PreparedImages, open_pictures
-from replknet.analysis.model_sources import ModelSource, set_image_size, silent_scales
 from replknet.cli._erf_files import Entry, OutputFolder, table
+from replknet.cli._model_sources import ModelSource, set_image_size, silent_scales
 from replknet.cli._options import DTYPES, file_stem, parse_device, parse_size
 from replknet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -103,9 +103,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--checkpointing",
-        type=bool,
-        default=False,
-        help="less memory for a second forward pass, where the network offers it",
+        type=bool | None,
+        default=None,
+        help="less memory for a second forward pass; by default for large images on the CPU, if the network offers it",
     )
     add("--output", type=str, default="runs/erf", help="folder for the results")
     add("--format", type=Literal["png", "svg", "pdf"], default="png", help="of the figures")

@@ -27,8 +27,8 @@ from replknet._errors import UsageError
 from replknet._files import write_text
 from replknet.analysis.cue_conflict import LICENCE, N_IMAGES, download_cue_conflict
 from replknet.analysis.erf_record import versions
-from replknet.analysis.model_sources import ModelSource, set_image_size
 from replknet.analysis.shape_bias import ShapeBias, Stimulus, find_stimuli, read_csv, shape_bias, summary, write_csv
+from replknet.cli._model_sources import ModelSource, set_image_size
 from replknet.cli._options import file_stem, parse_device, parse_size
 from replknet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from replknet.plotting import shape_bias as figures

@@ -10,7 +10,7 @@ from torch import nn
 
 import replknet
 from replknet._errors import RunError, UsageError
-from replknet.analysis.model_sources import ModelSource, file_digest, reset_weights, set_image_size, silent_scales
+from replknet.cli._model_sources import ModelSource, file_digest, reset_weights, set_image_size, silent_scales
 
 
 @pytest.fixture
@@ -170,3 +170,45 @@ def test_layers_that_cannot_start_anew_are_named():
 
     with pytest.raises(UsageError, match=r"layer 0 \(Odd\)"):
         reset_weights(nn.Sequential(Odd()))
+
+
+class TestCheckpointsOfOurs:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        """What `replknet train` writes, as far as a network's identity goes."""
+        torch.manual_seed(1)
+        model = timm.create_model("replknet_nano", num_classes=10, in_chans=1, stem_stride=2)
+        told = {"model": "replknet_nano", "num_classes": 10, "in_chans": 1, "model_kwargs": {"stem_stride": 2}}
+        told |= {"mean": [0.2], "std": [0.4], "image_size": 32, "class_names": list("0123456789")}
+        path = tmp_path / "digits" / "checkpoints" / "best.ckpt"
+        path.parent.mkdir(parents=True)
+        torch.save({"state_dict": model.state_dict(), "replknet": told}, path)
+        return path, model.eval()
+
+    def test_the_file_alone_names_the_network(self, checkpoint):
+        path, model = checkpoint
+        source = ModelSource.parse(str(path))
+        image = torch.randn(1, 1, 32, 32)
+        built = source.build()
+        assert source.label == "digits best"
+        assert source.is_trained
+        assert torch.equal(built(image), model(image))
+        assert built.pretrained_cfg["mean"] == (0.2,)
+        assert built.pretrained_cfg["std"] == (0.4,)
+
+    def test_its_untrained_self_has_the_same_shape(self, checkpoint):
+        path, model = checkpoint
+        untrained = ModelSource.parse(str(path)).build_untrained()
+        assert {k: v.shape for k, v in untrained.state_dict().items()} == {
+            k: v.shape for k, v in model.state_dict().items()
+        }
+        assert not torch.equal(untrained.head.weight, model.head.weight)
+
+    def test_other_files_need_a_name(self, checkpoint, tmp_path):
+        torch.save(checkpoint[1].state_dict(), tmp_path / "raw.pth")
+        with pytest.raises(UsageError, match="does not tell its network"):
+            ModelSource.parse(str(tmp_path / "raw.pth")).build()
+        with pytest.raises(UsageError, match="no such file"):
+            ModelSource.parse(str(tmp_path / "none.ckpt")).build()
+        with pytest.raises(UsageError, match="two files of weights"):
+            ModelSource.parse(f"{checkpoint[0]},weights={tmp_path}/raw.pth")

@@ -5,6 +5,7 @@
 | name | network |
 |---|---|
 | `replknet_31b`, `convnext_tiny`, `hf-hub:ORG/NAME`, `local-dir:FOLDER` | any timm model |
+| `runs/digits/checkpoints/best.ckpt` | a checkpoint of `replknet train`, which knows its network |
 | `torchvision:resnet50` | a torchvision classification model |
 | `my_package.my_module:build` or `folder/file.py:build` | what `build()` returns, or an `nn.Module` of that name |
 
@@ -29,6 +30,7 @@ from replknet._errors import RunError, UsageError
 from replknet.layers import reparameterize
 from replknet.models.checkpoints import load_checkpoint
 from replknet.models.factory import create_model
+from replknet.tasks.opened_model import describe_checkpoint
 
 _TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir", "timm")
 
@@ -45,6 +47,7 @@ class ModelSource:
         label: what figures and files call it.
         layer: layer to look at, None for the last feature map.
         arguments: for the constructor.
+        untrained: build the same network, but load no weights.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ModelSource:
     label: str = ""
     layer: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    untrained: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
@@ -81,6 +85,10 @@ class ModelSource:
                     "layer=NAME, KEY:=VALUE"
                 )
         label = values.pop("label", "") or _default_label(name, values)
+        if _is_checkpoint(name):
+            if "weights" in values:
+                raise UsageError(f"{text!r} names two files of weights")
+            values["weights"] = Path(name).expanduser()
         return cls(name=name, label=label, arguments=arguments, **values)
 
     def build_untrained(self, seed: int = 0) -> nn.Module:
@@ -91,7 +99,7 @@ class ModelSource:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = replace(self, weights=None, pretrained=False).build()
+            model = replace(self, untrained=True).build()
             if not self.is_own:
                 return model
             # Importing the user's file may have drawn random numbers, and does so only once.
@@ -104,9 +112,18 @@ class ModelSource:
         return self.weights is not None or self.pretrained or self.is_own
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether the name is the file of weights."""
+        return _is_checkpoint(self.name)
+
+    @property
     def is_own(self) -> bool:
         """Whether it is a user's own `MODULE:FUNCTION`."""
-        return ":" in self.name and self.name.partition(":")[0] not in (*_TIMM_SCHEMES, "torchvision")
+        return (
+            not self.is_checkpoint
+            and ":" in self.name
+            and self.name.partition(":")[0] not in (*_TIMM_SCHEMES, "torchvision")
+        )
 
     def build(self) -> nn.Module:
         """The network with its weights, in eval mode.
@@ -115,6 +132,8 @@ class ModelSource:
             UsageError: no such model, file or function, or weights asked for that the source cannot load.
             RunError: weights that do not fit.
         """
+        if self.is_checkpoint and not Path(self.name).expanduser().is_file():
+            raise UsageError(f"{self.name}: no such file")
         if self.weights is not None and self.pretrained:
             raise UsageError(f"{self.name}: give either weights=FILE or pretrained, not both")
         scheme, has_scheme, rest = self.name.rpartition(":")
@@ -123,7 +142,7 @@ class ModelSource:
         elif self.is_own:
             model = self._own(scheme, rest)
         else:
-            model = create_model(self.name, weights=self.weights, pretrained=self.pretrained, **self.arguments)
+            model = self._timm()
         model.eval()
         return reparameterize(model) if self.merged else model
 
@@ -138,21 +157,36 @@ class ModelSource:
             "arguments": self.arguments,
         }
 
+    def _timm(self) -> nn.Module:
+        """A timm model; a checkpoint of ours adds its classes, constructor arguments and normalisation."""
+        told = {} if self.weights is None else describe_checkpoint(self.weights) or {}
+        name = str(told.get("model", "")) if self.is_checkpoint else self.name
+        if not name:
+            raise UsageError(f"{self.weights} does not tell its network; write NAME,weights={self.weights}")
+        own = {key: told[key] for key in ("num_classes", "in_chans") if told.get(key) is not None}
+        arguments = {**own, **told.get("model_kwargs", {}), **self.arguments}
+        weights = None if self.untrained else self.weights
+        model: Any = create_model(name, weights=weights, pretrained=self.pretrained and not self.untrained, **arguments)
+        if told.get("mean") and told.get("std"):
+            config = getattr(model, "pretrained_cfg", None) or {}
+            model.pretrained_cfg = {**config, "mean": tuple(told["mean"]), "std": tuple(told["std"])}
+        return model
+
     def _torchvision(self, name: str) -> nn.Module:
         from torchvision.models import get_model, list_models
 
         if name not in list_models():
             raise UsageError(_unknown(f"torchvision has no model {name!r}", name, list_models()))
-        weights = "DEFAULT" if self.pretrained else None
+        weights = "DEFAULT" if self.pretrained and not self.untrained else None
         arguments = self.arguments
-        if name in ("inception_v3", "googlenet") and not self.pretrained:
+        if name in ("inception_v3", "googlenet") and weights is None:
             # Their own initialisation is announced by a warning and takes half a minute.
             arguments = {"init_weights": False, **arguments}
         try:
             model = get_model(name, weights=weights, **arguments)
         except TypeError as error:
             raise UsageError(f"torchvision:{name} does not take this argument: {error}") from error
-        if self.weights is not None:
+        if self.weights is not None and not self.untrained:
             load_checkpoint(model, self.weights)
         return model
 
@@ -163,7 +197,7 @@ class ModelSource:
         model = made if isinstance(made, nn.Module) else _call(self.name, made, self.arguments)
         if not isinstance(model, nn.Module):
             raise UsageError(f"{self.name} gave a {type(model).__name__}; a torch.nn.Module is needed")
-        if self.weights is not None:
+        if self.weights is not None and not self.untrained:
             load_checkpoint(model, self.weights)
         return model
 
@@ -224,8 +258,16 @@ def reset_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_checkpoint(name: str) -> bool:
+    return Path(name).suffix in (".ckpt", ".pth", ".pt", ".safetensors", ".bin", ".tar")
+
+
 def _default_label(name: str, values: dict[str, Any]) -> str:
     short = name.rpartition("/")[2] or name
+    if _is_checkpoint(name):
+        folder = Path(name).absolute().parent
+        run = folder.parent if folder.name == "checkpoints" else folder
+        short = f"{run.name} {Path(name).stem}"
     return short + (" merged" if values.get("merged") else "")
 
 
