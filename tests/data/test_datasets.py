@@ -92,3 +92,9 @@ def test_hugging_face_sets_from_a_folder(tmp_path, write_classes, monkeypatch):
     read = list(stream.read(0, 1, 3, None))
     assert sorted(label for _, _, label in read) == [0, 0, 0, 1, 1]
     assert all(isinstance(picture, Image.Image) for _, picture, _ in read)
+    # The set's only other split is called "test".
+    write_classes(root / "test", {"ant": 1, "bee": 1})
+    validation = open_dataset(f"hfds/{root}", split="validation", root=tmp_path / "cache2")
+    assert len(validation) == 2
+    with pytest.raises(UsageError, match="cannot be opened"):
+        open_dataset(f"hfds/{root}", split="holdout", root=tmp_path / "cache2")

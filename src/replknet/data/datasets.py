@@ -21,7 +21,7 @@ from timm.data.readers.reader_factory import create_reader
 from replknet import _env
 from replknet._errors import RunError, UsageError
 from replknet.data.embedded import DigitsSet
-from replknet.data.folders import FlatSet, FolderSet, has_class_folders, split_folder
+from replknet.data.folders import SPLIT_FOLDERS, FlatSet, FolderSet, has_class_folders, split_folder
 from replknet.data.images import load_image
 from replknet.data.sampler import world
 from replknet.data.samples import ImageSet
@@ -172,7 +172,7 @@ def _timm_reader(
         )
     missing = f"{source}: needs a package that is not installed: pip install {_PACKAGES[scheme]}"
     try:
-        reader = create_reader(source, root=None if root is None else str(root), split=split, **options)
+        reader = _first_split(source, root, split, options)
     except ImportError as error:
         raise UsageError(missing) from error
     except (RuntimeError, ValueError, OSError, AssertionError) as error:
@@ -180,6 +180,24 @@ def _timm_reader(
             raise UsageError(missing) from error
         raise UsageError(f"{source}, split {split}: cannot be opened ({error})") from error
     return ReaderSet(reader, source) if scheme == "hfds" else ReaderStream(reader, source)
+
+
+def _first_split(source: str, root: str | Path | None, split: str, options: dict[str, Any]) -> Any:
+    """The reader of `split`, or for "validation" of the first split that the set has of those called so."""
+    names = SPLIT_FOLDERS.get(split, (split,)) if not source.startswith("wds/") else (split,)
+    names = (split, *(name for name in names if name != split))
+    for name in names:
+        try:
+            reader = create_reader(source, root=None if root is None else str(root), split=name, **options)
+            if source.startswith("hfids/") and not options["download"]:
+                # It would tell a wrong split only inside a worker, at the first picture.
+                reader.builder.as_streaming_dataset(split=name)  # type: ignore[attr-defined]
+            return reader
+        except ValueError as error:
+            # The readers' libraries name the splits that they know; anything else would fail for every name.
+            if "split" not in str(error).lower() or name == names[-1]:
+                raise
+    raise AssertionError(names)
 
 
 def _root(root: str | Path | None) -> Path:

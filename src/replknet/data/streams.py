@@ -49,8 +49,11 @@ class ImageStream(Protocol):
         """Pictures that worker `worker` of `workers` reads in one pass."""
         ...
 
-    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None) -> Iterator:
-        """One pass: (name, picture or BrokenImageError, class index), shuffled by `order` if given."""
+    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None, lap: int = 0) -> Iterator:
+        """One pass: (name, picture or BrokenImageError, class index), shuffled by `order` if given.
+
+        `lap` numbers the pass, the same for all workers; `order` is this worker's own.
+        """
         ...
 
 
@@ -89,7 +92,7 @@ class ShardSet:
         turn, turns = _turn(worker, workers, count)
         return len(range(turn, self.counts[worker % count], turns))
 
-    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None) -> Iterator:
+    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None, lap: int = 0) -> Iterator:
         count = len(self.shards)
         mine = list(range(worker % count, count, workers))
         turn, turns = _turn(worker, workers, count)
@@ -123,9 +126,10 @@ class ReaderStream:
     def share_length(self, worker: int, workers: int) -> int:
         return -(-self.length // workers)
 
-    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None) -> Iterator:
+    def read(self, worker: int, workers: int, in_chans: int, order: random.Random | None, lap: int = 0) -> Iterator:
         if order is not None:
-            self.reader.set_epoch(order.getrandbits(31))
+            # The same number everywhere: the reader shuffles the shards by it before it shares them out.
+            self.reader.set_epoch(lap)
         for number, (picture, label) in enumerate(self.reader):
             yield f"{self._name}[{worker}:{number}]", load_image(picture, in_chans=in_chans), int(label)
 
@@ -200,7 +204,8 @@ class StreamSamples(IterableDataset):
         for lap in itertools.count():
             found = 0
             order = random.Random(mix_seed(self.seed or 0, epoch, lap, place, self._places()))
-            for _, picture, label in self.stream.read(place, self._places(), self.image.in_chans, order):
+            shared = mix_seed(self.seed or 0, epoch, lap) % 2**31
+            for _, picture, label in self.stream.read(place, self._places(), self.image.in_chans, order, shared):
                 if isinstance(picture, BrokenImageError):
                     self._broken(picture)
                     continue
