@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from replknet._errors import RunError, UsageError
+from replknet.cli import main
 from replknet.data import NO_AUGMENTATION
 from replknet.tasks.stopping import RunStoppedError
 from replknet.tasks.train import train
@@ -277,7 +278,7 @@ def test_fine_tuning_starts_a_new_head_only_for_other_classes(small_config, refe
             shutil.copytree(digits_folder / split / label, two / split / label)
     options = {"global_batch": 4, "image_size": 24, "in_chans": 1, "mean": [0.5], "std": [0.5]}
     other = train(small_config(two, tmp_path / "other", **frozen | options))
-    assert "is for 10 classes and the data have 2: the head starts anew" in caplog.text
+    assert "for 10 classes where the data have 2; the head starts anew" in caplog.text
     assert "first convolution was adapted to 1" in caplog.text
     new = state(other.last)["state_dict"]
     assert new["model.fc.weight"].shape[0] == 2
@@ -313,3 +314,57 @@ def test_bf16_on_a_cpu_learns(small_config, digits_folder, tmp_path):
     options |= {"image_size": 64, "augmentation": NO_AUGMENTATION}
     curve = [loss for _, loss in losses(train(small_config(digits_folder, tmp_path, **options)).folder)]
     assert sum(curve[-8:]) < 0.8 * sum(curve[:8])
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else(small_config, digits_folder, tmp_path):
+    network = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "kernel_sizes": [5, 5, 3, 3]}
+    options = {"model": "replknet_nano", "model_kwargs": network, "epochs": 1, "warmup_steps": 2}
+    runs = [
+        train(small_config(digits_folder, tmp_path / str(on), activation_checkpointing=on, **options))
+        for on in (False, True)
+    ]
+    one, other = (state(run.last)["state_dict"] for run in runs)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert all(int(value) == 8 for key, value in other.items() if key.endswith("num_batches_tracked"))
+    assert losses(runs[0].folder) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(runs[1].folder)]
+
+
+def test_the_command_line_trains_and_says_where(digits_folder, tmp_path, capsys):
+    options = [
+        "--epochs",
+        "2",
+        "--global_batch",
+        "16",
+        "--image_size",
+        "16",
+        "--loader.workers",
+        "0",
+        "--progress",
+        "false",
+    ]
+    arguments = ["train", "test_resnet", "--data", str(digits_folder), "--output", str(tmp_path / "run"), *options]
+    assert main(arguments) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert state(last)["replknet"]["model"] == "test_resnet"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["replknet_nanoo", "--data", "digits"], 2, "replknet_nano"),
+        (["test_resnet", "--data", "digits", "--lr", "fast"], 2, "lr"),
+        (["test_resnet", "--data", "digits", "--learning_rate", "1"], 2, "learning_rate"),
+        (["test_resnet"], 2, "no data was named"),
+        (["test_resnet", "--data", "digits", "--resume", "{tmp}/broken.ckpt"], 1, "damaged"),
+    ],
+    ids=str,
+)
+def test_exit_codes(tmp_path, capsys, arguments, code, words):
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 nothing")
+    given = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    assert main(["train", *given, "--output", str(tmp_path / "run"), "--progress", "false"]) == code
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()

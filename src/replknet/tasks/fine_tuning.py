@@ -46,6 +46,9 @@ def build_model(
         raise UsageError("give either weights or pretrained, not both")
     model = create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs)
     if weights is None:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        if pretrained and cfg.get("num_classes", num_classes) != num_classes:
+            _say_new_head(f"{name}'s weights", cfg["num_classes"], num_classes)
         return model
     state = read_state_dict(weights, use_ema=use_ema)
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -75,10 +78,12 @@ def _head_that_differs(state: dict[str, Tensor], head: Any, num_classes: int, we
     weight = state.get(f"{head}.weight") if isinstance(head, str) else None
     if weight is None or weight.shape[0] == num_classes:
         return ()
-    _logger.warning(
-        "%s is for %d classes and the data have %d: the head starts anew", weights, weight.shape[0], num_classes
-    )
+    _say_new_head(weights, weight.shape[0], num_classes)
     return (head,)
+
+
+def _say_new_head(weights: str, classes: int, num_classes: int) -> None:
+    _logger.warning("%s: for %d classes where the data have %d; the head starts anew", weights, classes, num_classes)
 
 
 def frozen_modules(model: nn.Module, prefixes: Sequence[str]) -> tuple[nn.Module, ...]:
