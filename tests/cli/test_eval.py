@@ -89,6 +89,26 @@ def test_several_sources_make_one_table(digits, checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("| replknet_nano | best.ckpt |") == 2
 
 
+def test_a_flat_folder_of_a_runs_own_classes(digits, checkpoint, tmp_path):
+    (tmp_path / "flat").mkdir()
+    numbers = []
+    for number, path in enumerate(sorted(digits.glob("val/*/*.png"))[::12]):
+        (tmp_path / "flat" / f"{number:03d}.png").write_bytes(path.read_bytes())
+        numbers.append(path.parent.name)
+    (tmp_path / "labels.txt").write_text("\n".join(numbers))
+    command = ("--weights", checkpoint, "--data", tmp_path / "flat", "--labels", tmp_path / "labels.txt", *OPTIONS)
+    for place in ("worker", "device"):
+        evaluate(
+            *command, "--loader.normalize_on", place, "--loader.channels_last", "true", "--output", tmp_path / place
+        )
+    records = [json.loads((tmp_path / place).read_text()) for place in ("worker", "device")]
+    results = [record["results"]["as trained"] for record in records]
+    assert results[0]["n"] == 30
+    assert records[0]["classes_matched_by"] == "own names"
+    assert results[0]["top1"] == results[1]["top1"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+
+
 def test_options_from_yaml(digits, checkpoint, tmp_path, capsys):
     config = tmp_path / "eval.yaml"
     config.write_text(f"weights: {checkpoint}\ndata: {digits}\nbatch_size: 100\nloader:\n  workers: 0\n")

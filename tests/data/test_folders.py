@@ -128,3 +128,10 @@ def test_label_list_missing_or_binary(tmp_path, write_classes):
 def test_find_pictures(tmp_path, write_classes):
     root = write_classes(tmp_path / "set", {"b": 1, "a": 1})
     assert find_pictures(root) == [root / "a" / "000.png", root / "b" / "000.png"]
+
+
+def test_classes_called_by_numbers_are_names(tmp_path, write_classes):
+    flat = write_classes(tmp_path, {"flat": 3}) / "flat"
+    (tmp_path / "labels.txt").write_text("10\n2\n1\n")
+    images = FlatSet(flat, tmp_path / "labels.txt", class_names=["1", "10", "2"])
+    assert images.labels.tolist() == [1, 2, 0]

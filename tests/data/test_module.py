@@ -148,6 +148,19 @@ def test_broken_pictures_of_both_loaders_are_told(tmp_path, write_classes):
     assert [("train/b/003.png" in m, "val/b/003.png" in m) for m in messages] == [(True, False), (False, True)]
 
 
+@pytest.mark.parametrize("style", ["names", "numbers"])
+def test_a_flat_validation_folder_uses_the_training_classes(tmp_path, write_classes, style):
+    write_classes(tmp_path / "train", {"n01": 2, "n02": 2, "n03": 2})
+    write_classes(tmp_path, {"val": 3})
+    # The first class does not occur.
+    lines = {"names": "n03\nn02\nn03\n", "numbers": "2\n1\n2\n"}
+    (tmp_path / "val.txt").write_text(lines[style])
+    data = ImageData(str(tmp_path), image=IMAGE, batch_size=2, labels=str(tmp_path / "val.txt"))
+    data.loader = LoaderConfig(workers=0)
+    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [2, 1, 2]
+    assert data.class_names == ["n01", "n02", "n03"]
+
+
 def test_wrong_requests_are_named(tmp_path, write_classes):
     root = tmp_path / "set"
     write_classes(root / "train", {"a": 2, "b": 2})

@@ -11,6 +11,7 @@
 | `tfds/NAME` | TensorFlow sets (needs tensorflow-datasets) |
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def open_dataset(
     labels: str | Path | None = None,
     root: str | Path | None = None,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     num_samples: int | None = None,
     training: bool | None = None,
     batch_size: int = 1,
@@ -55,6 +57,7 @@ def open_dataset(
         labels: label list of a flat folder.
         root: where torchvision, Hugging Face and TensorFlow sets lie; the cache folder by default.
         num_classes: of a flat folder whose labels do not reach the last class.
+        class_names: of a flat folder: the classes that its labels name or number, in order.
         num_samples: length of a stream that does not tell it.
         training: streams shuffle; by default for split "train".
         batch_size, seed: handed to timm's streaming readers.
@@ -73,10 +76,12 @@ def open_dataset(
         if scheme == "wds" and "://" not in name and not name.startswith("pipe:"):
             return ShardSet(find_shards(name if root is None else str(Path(root) / name), split))
         return _timm_reader(scheme, source, split, root, num_samples, training, batch_size, seed, download)
-    return _local(source, split, labels, num_classes)
+    return _local(source, split, labels, num_classes, class_names)
 
 
-def _local(source: str, split: str, labels: str | Path | None, num_classes: int | None) -> ImageSet | ImageStream:
+def _local(
+    source: str, split: str, labels: str | Path | None, num_classes: int | None, class_names: Sequence[str] | None
+) -> ImageSet | ImageStream:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".tar":
         return ShardSet([path])
@@ -87,7 +92,8 @@ def _local(source: str, split: str, labels: str | Path | None, num_classes: int 
         )
     folder = split_folder(path, split)
     if labels is not None:
-        return FlatSet(folder, Path(labels), num_classes=num_classes)
+        names = None if class_names is None else list(class_names)
+        return FlatSet(folder, Path(labels).expanduser(), num_classes=num_classes, class_names=names)
     if not has_class_folders(folder) and any(item.is_file() for item in folder.iterdir()):
         raise UsageError(
             f"{folder}: files and no class folders; a flat folder of pictures needs a label list (labels=FILE)"

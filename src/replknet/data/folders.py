@@ -164,7 +164,9 @@ def _labels_of(names: list[str], labels: Path) -> list[str]:
 def _class_indices(
     values: list[str], labels: Path, num_classes: int | None, class_names: list[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    if all(value.lstrip("-").isdigit() for value in values):
+    # Classes that are called by numbers need not be in their order: names win over indices.
+    named = class_names is not None and set(values) <= set(class_names)
+    if not named and all(value.lstrip("-").isdigit() for value in values):
         numbers = np.array([int(value) for value in values], dtype=np.int64)
         count = len(class_names) if class_names else num_classes or int(numbers.max()) + 1
         low, high = int(numbers.min()), int(numbers.max())

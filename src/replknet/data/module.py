@@ -96,6 +96,7 @@ class ImageData(lightning.LightningDataModule):
                 val_source or source,
                 split=val_split,
                 labels=labels,
+                class_names=self.train_set.class_names,
                 training=False,
                 batch_size=self.val_batch_size,
                 **common,
