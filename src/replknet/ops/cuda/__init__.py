@@ -55,7 +55,8 @@ def runs_natively(
     device: torch.device,
 ) -> bool:
     """Whether channels_last tensors of this shape run without contiguous copies."""
-    shape, index = _nominal(x_shape, *weight_shape[2:], dtype), _index(device)
+    kh, kw = weight_shape[2:]
+    shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
     try:
         _plan_cl.forward_plan(shape, gpu_of(index))
         _plan_cl.weight_grad_plan(shape, gpu_of(index))
@@ -139,8 +140,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int) -> Ten
 
 
 def _convolve_contiguous(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, flags: int) -> None:
-    n, c, h, w = x.shape
-    plan = _forward_plan(_shape(x, *weight.shape[2:], y), _index(x.device))
+    (n, c, h, w), (kh, kw) = x.shape, weight.shape[2:]
+    plan = _forward_plan(_shape(x, kh, kw, y), _index(x.device))
     strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
     tile = (plan.item_images, plan.item_rows, plan.stride)
     launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *strides, *tile, flags)
@@ -153,7 +154,7 @@ def _index(device: torch.device) -> int:
 def _planes(dtype: torch.dtype) -> int:
     if dtype != torch.float32:
         return 1
-    return 2 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3
+    return 2 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _alignment(address: int) -> int:

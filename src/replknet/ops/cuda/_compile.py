@@ -34,7 +34,7 @@ class Compiled:
 @functools.cache
 def source(names: tuple[str, ...]) -> str:
     """The text of the .cu and .cuh files of this package, one after the other."""
-    folder = resources.files(__package__)
+    folder = resources.files("replknet.ops.cuda")
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
