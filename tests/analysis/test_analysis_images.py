@@ -82,6 +82,11 @@ def test_grey_networks(folder):
     assert {tuple(image.shape) for image in images} == {(1, 8, 8)}
 
 
+def test_networks_of_other_channels(folder):
+    with pytest.raises(UsageError, match="takes 4; use noise"):
+        PreparedImages(open_pictures(str(folder)), (8, 8), in_chans=4)
+
+
 def test_flat_folders_and_odd_names(tmp_path):
     for name in ("é.png", "b c.PNG", "日本.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)

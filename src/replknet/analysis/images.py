@@ -75,6 +75,9 @@ class PreparedImages:
         broken: "skip" leaves out pictures that cannot be read and says so; "fatal" stops at the first.
         threads: pictures decoded ahead at the same time.
 
+    Raises:
+        UsageError: another number of channels.
+
     Attributes:
         used: names of the pictures that the last iteration handed out.
         unreadable: what the last iteration said about pictures it could not read.
@@ -93,6 +96,8 @@ class PreparedImages:
         broken: Broken = "skip",
         threads: int = 2,
     ) -> None:
+        if in_chans not in (1, 3):
+            raise UsageError(f"pictures have 3 channels, or 1 in grey, and the network takes {in_chans}; use noise")
         self._pictures, self._size, self._broken, self._threads = pictures, size, broken, threads
         self._in_chans = in_chans
         self._mean, self._std = list(mean)[:in_chans], list(std)[:in_chans]
