@@ -368,3 +368,22 @@ def test_exit_codes(tmp_path, capsys, arguments, code, words):
     assert words in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_lost_by_accident(small_config, digits_folder, tmp_path):
+    first = train(small_config(digits_folder, tmp_path, epochs=2))
+    before = first.last.read_bytes()
+    for resume in (None, str(first.last.parent.parent / "elsewhere.ckpt")):
+        if resume:
+            shutil.copy(first.last, resume)
+        other = tmp_path / "sub"
+        folder = tmp_path if resume is None else other
+        if resume:
+            train(small_config(digits_folder, other, epochs=2))
+        with pytest.raises(UsageError, match=r"holds a run already: go on with --resume auto"):
+            train(small_config(digits_folder, folder, epochs=2, resume=resume))
+    assert first.last.read_bytes() == before
+    again = train(small_config(digits_folder, tmp_path, epochs=1, warmup_steps=2, overwrite=True))
+    assert again.steps == 8
+    assert len(losses(tmp_path)) == 8
+    assert state(again.best)["global_step"] == 8

@@ -94,6 +94,7 @@ def _config(folder: Path, epochs: int, seed: int) -> TrainConfig:
         model=MODEL,
         data="digits",
         output=str(folder),
+        overwrite=True,
         image_size=IMAGE_SIZE,
         mean=[0.5],
         std=[0.5],

@@ -131,7 +131,7 @@ def find_resume(resume: str | Path | None, folder: Path) -> Path | None:
     if str(resume) == "auto":
         path = folder / LAST
         return path if path.exists() else None
-    path = Path(resume).expanduser()
+    path = Path(resume).expanduser().absolute()
     if path.is_dir():
         path = path / "checkpoints" / LAST
     if not path.is_file():

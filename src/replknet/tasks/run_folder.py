@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,9 +20,18 @@ from replknet._files import write_text
 _PACKAGES = ("replknet", "torch", "torchvision", "timm", "lightning", "numpy", "pillow", "submitit")
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raise UsageError if the folder holds a run that could be lost."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        raise UsageError(
+            f"{folder} holds a run already: go on with --resume auto, name another --output, or lose it with "
+            "--overwrite true"
+        )
+
+
 @rank_zero_only
-def prepare(folder: Path) -> None:
-    """Make the folder and its `checkpoints`; remove what a killed save left behind.
+def prepare(folder: Path, *, keep: bool = True) -> None:
+    """Make the folder and its `checkpoints`; remove what a killed save left behind, and, unless `keep`, an old run.
 
     Raises:
         UsageError: the folder cannot be made or written to.
@@ -31,6 +41,10 @@ def prepare(folder: Path) -> None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob(".*.tmp"), *checkpoints.glob(".*.tmp")):
             leftover.unlink(missing_ok=True)
+        if not keep:
+            for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.jsonl", "metrics.csv"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         write_text(folder / ".writable", "")
         (folder / ".writable").unlink()
     except OSError as error:

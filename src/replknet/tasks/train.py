@@ -40,6 +40,7 @@ class TrainConfig:
         data_root: where torchvision, Hugging Face and TensorFlow sets lie.
         download: let torchvision, Hugging Face and TensorFlow sets download what is missing.
         output: run folder: checkpoints/, metrics.jsonl, metrics.csv, config.yaml, environment.json.
+        overwrite: start anew in a run folder that holds a run already, whose checkpoints and logs are then removed.
         resume: "auto" (go on from this run folder's last checkpoint if there is one), a checkpoint, or a run folder.
         weights: local checkpoint to start from; the head is new where the number of classes differs.
         pretrained: start from the model's registered weights.
@@ -94,6 +95,7 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     output: str = "runs/train"
+    overwrite: bool = False
     resume: str | None = None
     weights: str | None = None
     pretrained: bool = False
@@ -169,7 +171,7 @@ class TrainConfig:
 # What may change when a run is resumed, since it does not change what is computed.
 _FREE_DATA = {"data", "val_data", "val_labels", "data_root", "download", "loader", "validate"}
 _FREE_HARDWARE = {"hardware", "max_batch_per_device", "activation_checkpointing"}
-_FREE_START = {"resume", "weights", "pretrained", "use_ema_weights"}
+_FREE_START = {"resume", "overwrite", "weights", "pretrained", "use_ema_weights"}
 _FREE_REPORTS = {"output", "progress", "wandb", "log_every", "checkpoint_every"}
 _FREE = _FREE_DATA | _FREE_HARDWARE | _FREE_START | _FREE_REPORTS
 
@@ -229,6 +231,8 @@ def _train(
     started = time.monotonic()
     folder = Path(config.output).expanduser().absolute()
     resume = find_resume(config.resume, folder / "checkpoints")
+    if not config.overwrite and (resume is None or folder not in resume.parents):
+        run_folder.refuse_existing(folder)
     lightning.seed_everything(config.seed, verbose=False)
     loggers = make_loggers(folder, wandb=config.wandb)
     trainer = make_trainer(
@@ -269,7 +273,7 @@ def _train(
         on_stop=on_stop,
     )
     trainer.callbacks += [TrainingLog(config.log_every, plan.global_batch), checkpoints]  # type: ignore[attr-defined]
-    run_folder.prepare(folder)
+    run_folder.prepare(folder, keep=resume is not None and folder in resume.parents)
     _write_description(folder, config, plan, trainer, steps)
     _start_log(loggers, position["step"])
     try:
