@@ -82,11 +82,9 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.6)
         hint = f"near names: {', '.join(near)}" if near else "`replknet models` lists RepLKNets, timm.list_models() all"
         raise UsageError(f"unknown model {base!r}; {hint}")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
-    if tag and timm.get_pretrained_cfg(name, allow_unregistered=True) is None:
-        raise UsageError(
-            f"{base} has no weights tagged {tag!r}; {f'known: {chr(44).join(tags)}' if tags else 'none known'}"
-        )
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", include_tags=True)]
+    if tag and tag not in tags:
+        raise UsageError(f"{base} has no weights tagged {tag!r}; known: {', '.join(filter(None, tags)) or 'none'}")
 
 
 def _shapes_of(state: Mapping[str, Tensor], name: str, may_differ: str | Iterable[str]) -> dict[str, int]:
