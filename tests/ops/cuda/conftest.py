@@ -22,3 +22,9 @@ def _load(name: str) -> ModuleType:
 def simulation() -> ModuleType:
     """The kernels in NumPy."""
     return _load("simulation")
+
+
+@pytest.fixture(scope="session")
+def elf() -> ModuleType:
+    """A reader of cubins."""
+    return _load("elf")
