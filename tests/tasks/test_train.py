@@ -387,3 +387,16 @@ def test_a_run_is_not_lost_by_accident(small_config, digits_folder, tmp_path):
     assert again.steps == 8
     assert len(losses(tmp_path)) == 8
     assert state(again.best)["global_step"] == 8
+
+
+def test_a_broken_image_is_counted_and_named_or_fatal(small_config, digits_folder, tmp_path, caplog):
+    shutil.copytree(digits_folder, tmp_path / "data")
+    victim = next((tmp_path / "data/train/3").glob("*.png"))
+    victim.write_bytes(victim.read_bytes()[:60])
+    config = small_config(tmp_path / "data", tmp_path / "run", epochs=2)
+    with pytest.raises(RunError, match=victim.name):
+        train(config)
+    skipping = replace(config, loader=replace(config.loader, broken="skip"), output=str(tmp_path / "skip"))
+    assert train(skipping).steps == 16
+    assert "1 broken images were skipped" in caplog.text
+    assert victim.name in caplog.text

@@ -1,5 +1,6 @@
 """Train or fine-tune a classifier: from one configuration to a run folder."""
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from replknet.tasks.mixing import MixingConfig
 from replknet.tasks.schedules import WarmupCosine
 from replknet.tasks.stopping import StopRequest
 from replknet.tasks.trainer import Hardware, describe_hardware, make_trainer, quiet
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -231,26 +234,14 @@ def _train(
     started = time.monotonic()
     folder = Path(config.output).expanduser().absolute()
     resume = find_resume(config.resume, folder / "checkpoints")
-    if not config.overwrite and (resume is None or folder not in resume.parents):
+    goes_on = resume is not None and folder in resume.parents
+    if not (config.overwrite or goes_on):
         run_folder.refuse_existing(folder)
     lightning.seed_everything(config.seed, verbose=False)
     loggers = make_loggers(folder, wandb=config.wandb)
-    trainer = make_trainer(
-        config.hardware,
-        folder,
-        epochs=config.epochs,
-        callbacks=[*callbacks, *([Progress()] if config.progress else [])],
-        loggers=loggers,
-        clip_grad=config.clip_grad,
-        progress=config.progress,
-        validate_every=config.validate_every,
-    )
-    plan = plan_batch(
-        config.global_batch,
-        trainer.world_size,
-        max_per_device=config.max_batch_per_device,
-        even=config.mixing.mixes,
-    )
+    trainer = _make_trainer(config, folder, callbacks, loggers)
+    mixes = config.mixing.mixes
+    plan = plan_batch(config.global_batch, trainer.world_size, max_per_device=config.max_batch_per_device, even=mixes)
     data = data or _make_data(config, plan)
     data.batch_size = plan.per_device
     steps = plan.steps_per_epoch(data.num_train)
@@ -264,6 +255,41 @@ def _train(
     trainer.limit_val_batches = 1.0 if data.num_val else 0
     # SLURM sends SIGTERM with submitit's SIGUSR2 at a preemption, and alone when a user cancels the job.
     stop = StopRequest(ignored={signal.SIGTERM} if _env.submitit_executor() else ())
+    trainer.callbacks += _own_callbacks(config, folder, plan, identity, stop, on_stop)  # type: ignore[attr-defined]
+    run_folder.prepare(folder, keep=goes_on)
+    _write_description(folder, config, plan, trainer, steps)
+    _start_log(loggers, position["step"])
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    finally:
+        stop.close()
+    _report_broken(data)
+    return _result(folder, trainer, time.monotonic() - started)
+
+
+def _make_trainer(
+    config: TrainConfig, folder: Path, callbacks: Sequence[lightning.Callback], loggers: Sequence[Logger]
+) -> lightning.Trainer:
+    return make_trainer(
+        config.hardware,
+        folder,
+        epochs=config.epochs,
+        callbacks=[*callbacks, *([Progress()] if config.progress else [])],
+        loggers=loggers,
+        clip_grad=config.clip_grad,
+        progress=config.progress,
+        validate_every=config.validate_every,
+    )
+
+
+def _own_callbacks(
+    config: TrainConfig,
+    folder: Path,
+    plan: BatchPlan,
+    identity: dict[str, Any],
+    stop: StopRequest,
+    on_stop: Callable[[int], None] | None,
+) -> list[lightning.Callback]:
     checkpoints = RunCheckpoints(
         folder / "checkpoints",
         identity,
@@ -272,15 +298,13 @@ def _train(
         every_steps=config.checkpoint_every,
         on_stop=on_stop,
     )
-    trainer.callbacks += [TrainingLog(config.log_every, plan.global_batch), checkpoints]  # type: ignore[attr-defined]
-    run_folder.prepare(folder, keep=resume is not None and folder in resume.parents)
-    _write_description(folder, config, plan, trainer, steps)
-    _start_log(loggers, position["step"])
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    finally:
-        stop.close()
-    return _result(folder, trainer, time.monotonic() - started)
+    return [TrainingLog(config.log_every, plan.global_batch), checkpoints]
+
+
+def _report_broken(data: ImageData) -> None:
+    """Say once, at the end, what --loader.broken skip has passed over; each was named when it was met."""
+    if broken := data.broken_images():
+        _logger.warning("%d broken images were skipped on this machine, the first: %s", len(broken), broken[0])
 
 
 def _checked(config: TrainConfig) -> TrainConfig:

@@ -29,6 +29,8 @@ _SUPERFLUOUS_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # The number of workers is the user's choice.
     ".*does not have many workers",
+    # Streams here share out their pictures among workers.
+    "Your `IterableDataset` has `__len__` defined",
     # Training without validation is a choice, too.
     "You defined a `validation_step` but have no `val_dataloader`",
     # Frozen modules are meant to be in eval mode.
