@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
         "model_kwargs": {},
         "num_classes": 10,
         "class_names": [str(digit) for digit in range(10)],
-        "image_size": 24,
+        "image_size": 16,
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "in_chans": 3,
@@ -62,7 +62,7 @@ def test_a_run_is_scored_and_compared(digits, checkpoint, tmp_path, capsys):
     assert sum(map(sum, before["confusion"])) == 360
     assert record["merging"]["relative_difference"] < 1e-4
     assert record["classes_matched_by"] == "own names"
-    assert (record["image_size"], record["broken"]) == (24, [])
+    assert (record["image_size"], record["broken"]) == (16, [])
     printed = capsys.readouterr().out
     assert f"{before['top1']:.2f}" in printed
     assert "largest logit difference" in printed
@@ -70,15 +70,13 @@ def test_a_run_is_scored_and_compared(digits, checkpoint, tmp_path, capsys):
 
 
 def test_forms_and_sources_agree(digits, checkpoint, tmp_path):
-    scores = {}
-    for merged in ("no", "yes"):
-        for source in ("digits", str(digits)):
-            evaluate(
-                "--weights", checkpoint, "--data", source, "--merged", merged, *OPTIONS, "--output", tmp_path / "r"
-            )
-            (result,) = json.loads((tmp_path / "r").read_text())["results"].values()
-            scores[merged, source] = result["top1"]
-    assert len(set(scores.values())) == 1
+    scores = []
+    for merged, source in (("no", "digits"), ("yes", digits)):
+        command = ("--weights", checkpoint, "--data", source, "--merged", merged, *OPTIONS)
+        evaluate(*command, "--output", tmp_path / "r")
+        (result,) = json.loads((tmp_path / "r").read_text())["results"].values()
+        scores.append(result["top1"])
+    assert scores[0] == scores[1]
 
 
 def test_several_sources_make_one_table(digits, checkpoint, tmp_path, capsys):
@@ -112,8 +110,8 @@ def test_a_flat_folder_of_a_runs_own_classes(digits, checkpoint, tmp_path):
 def test_options_from_yaml(digits, checkpoint, tmp_path, capsys):
     config = tmp_path / "eval.yaml"
     config.write_text(f"weights: {checkpoint}\ndata: {digits}\nbatch_size: 100\nloader:\n  workers: 0\n")
-    evaluate("--config", config, "--image_size", "16", "--device", "cpu")
-    assert "| 16 | as trained |" in capsys.readouterr().out
+    evaluate("--config", config, "--image_size", "8", "--device", "cpu")
+    assert "| 8 | as trained |" in capsys.readouterr().out
 
 
 def test_broken_pictures_are_named(checkpoint, tmp_path, capsys):

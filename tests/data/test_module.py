@@ -197,7 +197,7 @@ def test_streams_go_through_lightning_and_resume(tmp_path, photographs):
                     (f"{number}.png", buffer.getvalue()),
                     (f"{number}.cls", str(number % 3).encode()),
                 ):
-                    member = tarfile.TarInfo(f"{number}.{name}")
+                    member = tarfile.TarInfo(name)
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
 
