@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Literal, get_args
@@ -16,6 +17,8 @@ from replknet.ops._problem import Pass, Problem, format_of, problem_of
 Backend = Literal["auto", "cuda", "rearranged", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
+# Multiply-adds below which the CPU's rearrangements cost more than they save.
+_TOO_SMALL = 50_000
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -145,8 +148,11 @@ def _default_of_torch(pass_: Pass, problem: Problem) -> tuple[str, str]:
 
 def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
     # Every threshold here is from minima of interleaved runs on one core with AVX-512, torch 2.14.1.
+    exact = problem.dtype in (torch.float32, torch.float64)
+    if exact and math.prod((*problem.x_shape, *problem.kernel)) < _TOO_SMALL:
+        return "torch", "too small for anything but the overhead of a call to matter"
     near = tuple(_rearranged.reaching(k, size) for k, size in zip(problem.kernel, problem.x_shape[2:], strict=True))
-    if near != problem.kernel:
+    if 2 * near[0] * near[1] <= problem.kernel[0] * problem.kernel[1]:
         return "rearranged", f"only {near[0]}x{near[1]} taps reach the map"
     if near == (1, 1):
         return "rearranged", "a 1x1 depthwise convolution is a scaling"
@@ -174,8 +180,8 @@ def _input_grad_on_cpu(problem: Problem) -> tuple[str, str]:
     kh, kw = problem.kernel
     if kw == 1 or kh * kw <= 11:
         return "torch", "torch's gradient is the fastest for so small a weight"
-    wide = kw > _rearranged.CPU_CONTIGUOUS_WIDTH
-    if wide and kh <= 5 and not problem.channels_last and problem.x_shape[2] < 28:
+    few = kh * kw <= 153 or (kh <= 5 and problem.x_shape[2] < 28)
+    if few and kw > _rearranged.CPU_CONTIGUOUS_WIDTH and not problem.channels_last:
         return "torch", "changing the format costs more than the faster kernel saves"
     return "rearranged", "torch's forward convolution with the flipped weight beats its gradient"
 
@@ -184,7 +190,7 @@ def _weight_grad_on_cpu(problem: Problem) -> tuple[str, str]:
     kh, kw = problem.kernel
     if problem.dtype == torch.float64:
         return "torch", "float64 has one kernel on a CPU"
-    narrow = kw == 1 and kh <= problem.x_shape[2] or max(kh, kw) <= 3
+    narrow = kw <= 3 and kh <= min(problem.x_shape[2], 21)
     if narrow and problem.dtype != torch.float16:
         return "torch", "torch has a gradient kernel for so narrow a weight"
     return "rearranged", "torch's weight gradient is slow for this weight; x under the output gradient is fast"

@@ -40,3 +40,8 @@ def problem_of(x: Tensor, kernel: tuple[int, int]) -> Problem:
     """The problem that x, contiguous or channels_last, poses with a kernel of `(Kh, Kw)`."""
     n, c, h, w = x.shape
     return Problem((n, c, h, w), kernel, x.dtype, is_channels_last(x), x.device)
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets float32 convolutions on CUDA round their inputs to TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from replknet import _env
-from replknet.ops._problem import Pass, Problem
+from replknet.ops._problem import Pass, Problem, tf32_allowed
 
 _log = logging.getLogger(__name__)
 _inside = 0
@@ -90,7 +90,7 @@ def key_of(pass_: Pass, problem: Problem) -> dict[str, object]:
         "channels_last": problem.channels_last,
         "device": torch.cuda.get_device_name(problem.device) if cuda else f"{problem.device.type} {_cpu_name()}",
         "threads": 0 if cuda else torch.get_num_threads(),
-        "tf32": cuda and problem.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32",
+        "tf32": cuda and problem.dtype == torch.float32 and tf32_allowed(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else 0,
         "replknet": __version__,
