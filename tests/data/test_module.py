@@ -71,7 +71,14 @@ def fit(tmp_path, data, ckpt_path=None, **options) -> Recorder:
 
 
 # Within an epoch, at its end, and within a later one.
-@pytest.mark.parametrize(("workers", "normalize_on", "stop"), [(0, "worker", 5), (2, "device", 11), (2, "worker", 15)])
+@pytest.mark.parametrize(
+    ("workers", "normalize_on", "stop"),
+    [
+        (0, "device", 5),
+        pytest.param(2, "worker", 11, marks=pytest.mark.slow),
+        pytest.param(2, "worker", 15, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_sees_the_same_batches(tmp_path, workers, normalize_on, stop):
     def data():
         config = LoaderConfig(workers=workers, normalize_on=normalize_on, prefetch=2)
