@@ -241,7 +241,7 @@ class TestNetworks:
         assert error(result.matrix, expected) < 1e-5
 
     @pytest.mark.parametrize(
-        ("name", "layer"), [("resnet18", "layer4"), ("vit_b_32", "encoder"), ("vgg11", "features")]
+        ("name", "layer"), [("resnet18", "layer4"), ("vit_b_32", "encoder"), ("shufflenet_v2_x0_5", "conv5")]
     )
     def test_torchvision_models_whose_last_map_has_to_be_found(self, name, layer):
         import torchvision

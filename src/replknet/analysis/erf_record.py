@@ -93,7 +93,10 @@ def warnings_about(
             "too small; use a larger size"
         )
     if not trained:
-        found.append("the weights are random: untrained networks look large, often larger than trained ones")
+        found.append(
+            "the weights are random, which says nothing of the trained network: untrained ResNets, for one, are known "
+            "to show larger fields than trained ones"
+        )
     if silent:
         found.append(
             f"{silent} norm or layer scales are zero or nearly so, which silences the branches behind them; many "
