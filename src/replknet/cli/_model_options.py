@@ -7,10 +7,13 @@ from jsonargparse import ArgumentParser, Namespace
 from replknet.tasks.opened_model import OpenedModel, open_model
 
 # Options that go to open_model as they are.
-_OPEN = frozenset(
-    ("weights", "pretrained", "use_ema", "num_classes", "in_chans")
-    + ("image_size", "mean", "std", "crop_mode", "crop_pct")
-)
+_OPEN = {"weights", "pretrained", "use_ema", "num_classes", "in_chans"} | {
+    "image_size",
+    "mean",
+    "std",
+    "crop_mode",
+    "crop_pct",
+}
 
 
 def add_model_options(parser: ArgumentParser, *, positional: bool) -> None:
