@@ -163,7 +163,8 @@ def test_vmap(x_dim, w_dim, b_dim, device):
         depthwise_conv2d(*(v if d is None else v.select(d, i) for v, d in zip(values, dims.values(), strict=True)))
         for i in range(4)
     ]
-    torch.testing.assert_close(got, torch.stack(each))
+    # On a GPU another batch size means another order of summation.
+    torch.testing.assert_close(got, torch.stack(each), rtol=1e-5, atol=1e-5)
 
 
 def test_per_sample_gradients(device):

@@ -70,9 +70,14 @@ def _dispatch(prog: str, commands: dict[str, str], package: str, args: list[str]
 
 
 def _run(prog: str, module, args: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    import argparse
 
-    parser = ArgumentParser(prog=prog, description=module.__doc__)
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """jsonargparse's, with the examples of a description on lines of their own."""
+
+    parser = ArgumentParser(prog=prog, description=module.__doc__, formatter_class=Formatter)
     module.add_arguments(parser)
     try:
         parsed = parser.parse_args(args)
