@@ -144,7 +144,10 @@ def expected_stack(expression: str) -> int:
     if kernel == "weight_grad_nchw":
         # Two column blocks, more than 27 kernel rows: 84 accumulators beside 80 registers.
         return 72 if blocks == 1 else 408 if blocks == 2 and kh > 27 else 104 if blocks == 2 else 32
-    return 56 if kernel == "forward_nhwc" else 16
+    if kernel == "forward_nhwc":
+        # Four row tiles of seven or eight column blocks: up to 128 accumulators beside 168 registers.
+        return 120 if blocks >= 7 else 16
+    return 16
 
 
 def faults(plan, gpu: Gpu, used) -> list[str]:
