@@ -1,11 +1,12 @@
 """Operators on tensors; no modules, no state."""
 
-from replknet.ops._dispatch import Backend, Choice, Explanation, explain
+from replknet.ops._dispatch import BACKENDS, Backend, Choice, Explanation, explain
 from replknet.ops._reference import depthwise_conv2d_fft, depthwise_conv2d_reference
 from replknet.ops._tuning import autotune
 from replknet.ops.depthwise_conv2d import depthwise_conv2d, recording_a_portable_graph
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "Choice",
     "Explanation",

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from replknet.ops import BACKENDS, depthwise_conv2d, explain
+from replknet.ops._dispatch import can_run, choose, implementation
+from replknet.ops._problem import PASSES, Problem
+
+CPU = torch.device("cpu")
+
+
+def problem(n, c, h, w, kh, kw, *, dtype=torch.float32, channels_last=False, device=CPU):
+    return Problem((n, c, h, w), (kh, kw), dtype, channels_last, device)
+
+
+def test_large_kernels_on_a_cpu_leave_torchs_slow_kernels():
+    large = problem(8, 128, 56, 56, 31, 31)
+    assert [choose(pass_, large).backend for pass_ in PASSES] == ["rearranged"] * 3
+
+
+def test_small_kernels_on_a_cpu_stay_with_torch():
+    small = problem(8, 128, 56, 56, 3, 3)
+    assert [choose(pass_, small).backend for pass_ in PASSES] == ["torch"] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "pass_", "backend"),
+    [
+        (problem(2, 256, 14, 14, 13, 13), "forward", "torch"),
+        (problem(2, 256, 14, 14, 13, 13, channels_last=True), "forward", "rearranged"),
+        (problem(2, 256, 14, 14, 15, 15), "forward", "rearranged"),
+        (problem(2, 256, 14, 14, 15, 15, channels_last=True), "forward", "torch"),
+        (problem(4, 512, 7, 7, 31, 31, channels_last=True), "forward", "rearranged"),
+        (problem(2, 64, 56, 56, 1, 1), "forward", "rearranged"),
+        (problem(2, 64, 56, 56, 11, 1), "weight_grad", "torch"),
+        (problem(4, 512, 7, 7, 11, 1), "weight_grad", "rearranged"),
+        (problem(2, 64, 56, 56, 1, 11), "weight_grad", "rearranged"),
+        (problem(1, 1, 4, 4, 3, 3), "weight_grad", "torch"),
+        (problem(2, 64, 28, 28, 7, 7, dtype=torch.bfloat16), "forward", "rearranged"),
+        (problem(2, 64, 28, 28, 7, 7, dtype=torch.float64), "weight_grad", "torch"),
+    ],
+)
+def test_measured_thresholds(given, pass_, backend):
+    choice = choose(pass_, given)
+    assert choice.backend == backend, choice
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_a_backend_asked_for_runs_or_says_why(backend, pass_):
+    given = problem(2, 8, 9, 9, 5, 5)
+    reason = can_run(backend, pass_, given)
+    if reason is None:
+        assert choose(pass_, given, backend).reason == "asked for by name"
+        assert callable(getattr(implementation(backend), pass_))
+    else:
+        with pytest.raises(
+            NotImplementedError, match=r"x \[2, 8, 9, 9\] contiguous float32 on cpu, kernel 5x5"
+        ) as info:
+            choose(pass_, given, backend)
+        assert reason in str(info.value)
+
+
+def test_unknown_dtypes_have_a_reason():
+    assert "int32" in (can_run("torch", "forward", problem(1, 1, 4, 4, 3, 3, dtype=torch.int32)) or "")
+
+
+def test_explain_says_backend_and_reason_of_each_pass():
+    x, w = torch.empty(8, 128, 56, 56, device="meta"), torch.empty(128, 1, 31, 31, device="meta")
+    lines = str(explain(x, w)).splitlines()
+    assert [line.split(":")[0] for line in lines] == list(PASSES)
+    assert all("(" in line for line in lines)
+
+
+def test_explain_refuses_what_the_operator_refuses():
+    x, w = torch.zeros(1, 2, 4, 4), torch.zeros(2, 1, 4, 4)
+    for call in (explain, depthwise_conv2d):
+        with pytest.raises(ValueError, match="4x4 is even"):
+            call(x, w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_large_kernels_on_a_gpu_run_our_kernels(cuda, dtype, channels_last):
+    given = problem(64, 128, 56, 56, 31, 31, dtype=dtype, channels_last=channels_last, device=torch.device("cuda", 0))
+    assert [choose(pass_, given).backend for pass_ in PASSES] == ["cuda"] * 3

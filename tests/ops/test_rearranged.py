@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from replknet.ops import _rearranged, _torch
+
+
+@pytest.mark.parametrize("width", [9, 11, 13, 15, 17])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_width_around_the_thresholds(width, channels_last, oracle):
+    x, w, b, g = oracle.make_inputs(2, 5, 9, 20, 3, width, torch.float64, "cpu", channels_last=channels_last)
+    expected = _torch.forward(x, w, b, None)
+    torch.testing.assert_close(_rearranged.forward(x, w, b, None), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(_rearranged.input_grad(g, w), _torch.input_grad(g, w), rtol=0, atol=1e-12)
+    got, exact = (module.weight_grad(g, x, 3, width) for module in (_rearranged, _torch))
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2), (7, 7)], ids=str)
+def test_taps_that_reach_no_pixel_are_left_out(size, oracle):
+    x, w, b, g = oracle.make_inputs(2, 3, *size, 21, 31, torch.float64, "cpu")
+    torch.testing.assert_close(_rearranged.forward(x, w, b, None), _torch.forward(x, w, b, None), rtol=0, atol=1e-12)
+    got, exact = (module.weight_grad(g, x, 21, 31) for module in (_rearranged, _torch))
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+    rows, columns = (_rearranged.reaching(k, s) for k, s in zip((21, 31), size, strict=True))
+    assert got.ne(0).sum() == 3 * rows * columns
+
+
+@pytest.mark.parametrize(("kernel", "size", "expected"), [(3, 1, 1), (31, 7, 13), (13, 7, 13), (5, 56, 5)])
+def test_reaching(kernel, size, expected):
+    assert _rearranged.reaching(kernel, size) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once_on_a_cpu(dtype, oracle):
+    x, w, b, g = oracle.make_inputs(3, 4, 12, 10, 7, 5, dtype, "cpu")
+    wide = _rearranged.forward(x.float(), w.float(), b.float(), None)
+    assert torch.equal(_rearranged.forward(x, w, b, None), wide.to(dtype))
+    wide = _rearranged.weight_grad(g.float(), x.float(), 7, 5)
+    assert torch.equal(_rearranged.weight_grad(g, x, 7, 5), wide.to(dtype))
