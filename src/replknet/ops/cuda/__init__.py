@@ -77,7 +77,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     Returns:
         `[N, C, H, W]` like x, in x's memory format.
     """
-    return _convolve(x, weight, bias, _RELU if activation == "relu" else 0)
+    return _convolve(x, weight, None if bias is None else bias.contiguous(), _RELU if activation == "relu" else 0)
 
 
 def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:

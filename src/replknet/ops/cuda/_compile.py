@@ -63,7 +63,7 @@ def _nvrtc(text: str, expression: str, arch: str) -> Compiled:
     try:
         code = program.compile("cubin", name_expressions=(expression,))
     except Exception as error:
-        raise RuntimeError(f"NVRTC could not compile {expression} for {arch}: {error}") from error
+        raise RuntimeError(f"NVRTC could not compile {expression} for {arch}: {str(error).rstrip(chr(0))}") from error
     symbol = code.symbol_mapping[expression]
     return Compiled(symbol.decode() if isinstance(symbol, bytes) else symbol, bytes(code.code))
 

@@ -298,7 +298,10 @@ def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
     if columns.inputs == 1:
         a_warp, wanted, settings = 4, 2, [(2, 1, 8), (2, 1, 4), (2, 1, 1)]
     elif columns.inputs == 2:
-        a_warp, wanted, settings = 4 if wide else 7, 2, [(2, 3, 4), (2, 1, 1)]
+        a_warp = 4 if wide else 7
+        # Four blocks of more than two warps would leave too few registers for the accumulators.
+        blocks = 4 if pairs <= 2 * a_warp else 2
+        wanted, settings = 2, [(2, 3, blocks), (2, 1, 1)]
     elif columns.inputs <= 4:
         a_warp, wanted, settings = 2 if wide else 4, 4, [(2, 3, 2), (2, 1, 1)]
     else:
