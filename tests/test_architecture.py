@@ -21,7 +21,6 @@ MAY_IMPORT = {
     "tasks": {"ops", "layers", "models", "data"},
     "analysis": {"ops", "layers", "models", "data"},
     "benchmark": {"ops", "layers", "models", "analysis"},
-    "export": {"layers", "models"},
     "export": {"ops", "layers", "models"},
     "plotting": {"analysis", "benchmark", "data"},
     "cli": {"ops", "layers", "models", "data", "tasks", "analysis", "benchmark", "export", "plotting"},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from replknet.benchmark.suites import Case
-from replknet.ops import depthwise_conv2d_fft
+from replknet.ops import Backend, depthwise_conv2d, depthwise_conv2d_fft
 
 PASSES = ("forward", "input_grad", "weight_grad")
 # "replknet" is what the automatic choice runs; "replknet:NAME" is one backend by name.
@@ -63,7 +64,7 @@ def prepare(method: str, pass_: str, tensors: Tensors) -> Callable[[], Tensor]:
         NotImplementedError: the method cannot run the pass; the message says why.
     """
     if method.startswith("replknet"):
-        return _ours(pass_, tensors, method.partition(":")[2] or "auto")
+        return _ours(pass_, tensors, cast(Backend, method.partition(":")[2] or "auto"))
     if method == "torch_contiguous":
         return _torch(pass_, tensors.contiguous(torch.contiguous_format))
     if method == "torch_channels_last":
@@ -76,12 +77,12 @@ def prepare(method: str, pass_: str, tensors: Tensors) -> Callable[[], Tensor]:
     return _cutlass(pass_, tensors.contiguous(torch.contiguous_format))
 
 
-def _ours(pass_: str, t: Tensors, backend: str) -> Callable[[], Tensor]:
+def _ours(pass_: str, t: Tensors, backend: Backend) -> Callable[[], Tensor]:
     operators, (kh, kw) = torch.ops.replknet, t.weight.shape[2:]
     return {
-        "forward": lambda: operators.depthwise_conv2d(t.x, t.weight, None, None, backend),
-        "input_grad": lambda: operators.depthwise_conv2d_input_grad(t.grad_y, t.weight, backend),
-        "weight_grad": lambda: operators.depthwise_conv2d_weight_grad(t.grad_y, t.x, kh, kw, backend),
+        "forward": lambda: depthwise_conv2d(t.x, t.weight, backend=backend),
+        "input_grad": lambda: operators.depthwise_conv2d_input_grad.default(t.grad_y, t.weight, backend),
+        "weight_grad": lambda: operators.depthwise_conv2d_weight_grad.default(t.grad_y, t.x, kh, kw, backend),
     }[pass_]
 
 

@@ -164,6 +164,9 @@ def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
         return "torch", "float64 has one kernel on a CPU"
     if problem.dtype != torch.float32:
         return "rearranged", "half precision is faster computed in float32 on a CPU"
+    n, _, h, w = problem.x_shape
+    if math.prod(problem.kernel) > n * h * w and problem.kernel[1] <= _rearranged.CPU_CONTIGUOUS_WIDTH:
+        return "torch", "rewriting a weight larger than its input costs more than it saves"
     return _forward_on_cpu(problem) if pass_ == "forward" else _input_grad_on_cpu(problem)
 
 

@@ -99,26 +99,27 @@ _OPERATORS = {
 }
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether the call is inside one of torch.func's transforms."""
     # Autograd registered on a library operator cannot be nested in torch.func's transforms; autograd.Function can.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d`, usable inside torch.func's transforms."""
-    run = _ForwardFunction.apply if _transformed() else _OPERATORS["forward"]
+    run = _ForwardFunction.apply if transformed() else _OPERATORS["forward"]
     return run(x, weight, bias, activation, backend)
 
 
 def input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_input_grad`, likewise."""
-    run = _InputGradFunction.apply if _transformed() else _OPERATORS["input_grad"]
+    run = _InputGradFunction.apply if transformed() else _OPERATORS["input_grad"]
     return run(grad_y, weight, backend)
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_weight_grad`, likewise."""
-    run = _WeightGradFunction.apply if _transformed() else _OPERATORS["weight_grad"]
+    run = _WeightGradFunction.apply if transformed() else _OPERATORS["weight_grad"]
     return run(grad_y, x, kh, kw, backend)
 
 

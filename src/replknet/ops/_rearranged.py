@@ -95,7 +95,7 @@ def _weight_grad_by_image(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) ->
     # One convolution for all images would have to copy x to [H, W, N * C] first, which costs more than it saves.
     C, H, W = x.shape[1:]
     padding = (kernel[0] // 2, kernel[1] // 2)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, grad_y = (value.contiguous(memory_format=torch.channels_last) for value in (x, grad_y))
     total = x.new_zeros(1, C, *kernel)
     for n in range(len(x)):
         # A slice, not a view with a new dimension: only the slice keeps strides that torch reads as channels_last.

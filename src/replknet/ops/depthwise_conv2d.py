@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replknet.ops import _library
-from replknet.ops._dispatch import BACKENDS, Backend
+from replknet.ops import _library, _torch
+from replknet.ops._dispatch import BACKENDS, Backend, choose
+from replknet.ops._problem import format_of, problem_of
 
 Activation = Literal["relu"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,6 +54,8 @@ def depthwise_conv2d(
         y = F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
         return y.relu() if activation == "relu" else y
     check_arguments(x, weight, bias, activation, backend)
+    if backend == "auto" and _is_torchs_own(x, weight, bias):
+        return _torch.forward(x.contiguous(memory_format=format_of(x)), weight, bias, activation)
     return _library.forward(x, weight, bias, activation, backend)
 
 
@@ -103,6 +106,21 @@ def _check_kinds(x: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"x is {x.dtype}, {name} is {other.dtype}; convert one, or call inside torch.autocast")
     if x.device != other.device:
         raise ValueError(f"x is on {x.device}, {name} is on {other.device}; move one of them")
+
+
+def _is_torchs_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether every pass that this call can lead to is torch's own on a CPU, so that no operator has to be between.
+
+    Going through an operator written in Python costs 20 us, which shows at this size of problem only.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or _library.transformed():
+        return False
+    problem = problem_of(x, (weight.shape[2], weight.shape[3]))
+    if choose("forward", problem).backend != "torch":
+        return False
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return True
+    return choose("input_grad", problem).backend == choose("weight_grad", problem).backend == "torch"
 
 
 def recording_a_portable_graph() -> bool:
