@@ -16,15 +16,17 @@ def op_speed_figure(rows: Sequence[Row], head: str) -> Figure:
     """One panel a pass and kind of input; a column a case; medians with the 20th to the 80th percentile."""
     panels = list(dict.fromkeys((row.pass_, row.dtype, row.format) for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    columns = max(len({str(row.case) for row in rows if (row.pass_, row.dtype, row.format) == p}) for p in panels)
+    cases = [[str(row.case) for row in rows if (row.pass_, row.dtype, row.format) == panel] for panel in panels]
+    columns = max(len(set(names)) for names in cases)
+    same = all(list(dict.fromkeys(names)) == list(dict.fromkeys(cases[0])) for names in cases)
     with style():
-        figure = new_figure(max(5.0, 1.6 + 0.42 * columns), 0.9 + 2.7 * len(panels))
-        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        figure = new_figure(max(5.0, 1.6 + 0.42 * columns), 1.9 + (1.6 if same else 2.7) * len(panels))
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=same)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, [row for row in rows if (row.pass_, row.dtype, row.format) == panel], methods)
             axis.set_title(", ".join(panel).replace("_", " "))
         axes[0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.12), frameon=False)
-        figure.suptitle(head, fontsize=7)
+        figure.suptitle(head.replace("; ", "\n"), fontsize=7)
     return figure
 
 
