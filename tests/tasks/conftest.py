@@ -15,8 +15,9 @@ from replknet.tasks.train import TrainConfig
 SMALL = "test_resnet"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread():
+    """Bits are compared at one number of threads, that of the module's shared reference run included."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

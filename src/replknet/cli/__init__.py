@@ -1,6 +1,6 @@
 """The `replknet` command. One file a subcommand: `cli/NAME.py` holds `add_arguments(parser)` and `run(args)`.
 
-A command of several words (`replknet bench op`) is a module `cli/bench.py` whose `COMMANDS` maps the second word to
+A command of several words (`replknet bench op`) is a package `cli/bench/` whose `COMMANDS` maps the second word to
 `(module, help)`. Only the module of the command that was asked for is imported.
 """
 
@@ -90,7 +90,8 @@ def _run(prog: str, module, args: list[str]) -> int:
 def _overview(prog: str, commands: dict[str, str]) -> str:
     width = max((len(name) for name in commands), default=0)
     rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
-    return f"usage: {prog} COMMAND [options]\n\n{rows}\n\n`{prog} COMMAND --help` teaches a command; --debug shows tracebacks."
+    footer = f"`{prog} COMMAND --help` teaches a command; --debug shows tracebacks."
+    return f"usage: {prog} COMMAND [options]\n\n{rows}\n\n{footer}"
 
 
 def _one_line(error: BaseException) -> str:
