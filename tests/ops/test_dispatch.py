@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from replknet.ops import BACKENDS, depthwise_conv2d, explain
-from replknet.ops._dispatch import can_run, choose, implementation
+from replknet.ops import BACKENDS, cuda, depthwise_conv2d, explain
+from replknet.ops._dispatch import _default_with_kernels, can_run, choose, implementation
 from replknet.ops._problem import PASSES, Problem
+from replknet.ops.cuda._launch import Gpu
 
 CPU = torch.device("cpu")
 
@@ -84,3 +85,15 @@ def test_explain_refuses_what_the_operator_refuses():
 def test_large_kernels_on_a_gpu_run_our_kernels(cuda, dtype, channels_last):
     given = problem(64, 128, 56, 56, 31, 31, dtype=dtype, channels_last=channels_last, device=torch.device("cuda", 0))
     assert [choose(pass_, given).backend for pass_ in PASSES] == ["cuda"] * 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels_last", "copies"),
+    [(torch.float16, True, False), (torch.float32, True, True), (torch.float32, False, False)],
+)
+def test_contiguous_copies_are_said(monkeypatch, dtype, channels_last, copies):
+    monkeypatch.setattr(cuda, "gpu_of", lambda index: Gpu("sm_90", 132, 232448))
+    given = problem(8, 128, 56, 56, 31, 31, dtype=dtype, channels_last=channels_last, device=torch.device("cuda", 0))
+    choice = _default_with_kernels(given)
+    assert choice.backend == "cuda"
+    assert ("contiguous copies" in choice.reason) == copies

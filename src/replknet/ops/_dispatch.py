@@ -133,6 +133,12 @@ def _choose(pass_: Pass, problem: Problem, backend: str, autotune: bool) -> Choi
 def _default_with_kernels(problem: Problem) -> Choice:
     if problem.kernel == (1, 1):
         return Choice("rearranged", "a 1x1 depthwise convolution is a scaling")
+    from replknet.ops import cuda
+
+    if problem.channels_last and not cuda.runs_natively(
+        problem.x_shape, problem.weight_shape, problem.dtype, problem.device
+    ):
+        return Choice("cuda", "tensor-core kernels, on contiguous copies: no channels_last kernel takes this call")
     return Choice("cuda", "tensor-core kernels for this shape, dtype and format")
 
 

@@ -161,7 +161,7 @@ template <int KH, int KW, int LO, int HI> struct Table {
   }
 };
 
-// Products of bfloat16 planes that make up a float32 product, largest last left out: plane sums up to NP - 1.
+// Products of bfloat16 planes that make up a float32 product: those whose plane numbers add up to at most NP - 1.
 template <int NP> struct Terms {
   static constexpr int N = NP * (NP + 1) / 2;
   // Smallest terms first.
