@@ -14,17 +14,37 @@ RECORDS = [
 ]
 
 
+def lines(axes) -> dict[str, list]:
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+
+
 def test_curves_are_the_records():
-    loss, accuracy = training_curve(RECORDS, target=97).axes
-    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, 2], [20, 1]], [[20, 1.2], [40, 0.9]]]
-    assert accuracy.lines[0].get_xydata().tolist() == [[20, 50], [40, 75]]
+    loss, accuracy = training_curve({"a": RECORDS}, target=97).axes
+    assert lines(loss) == {"training": [[10, 2], [20, 1]], "test": [[20, 1.2], [40, 0.9]]}
+    assert lines(accuracy) == {"test": [[20, 50], [40, 75]]}
     assert accuracy.lines[1].get_ydata()[0] == 97
     assert any(text.get_text() == "75.0 %" for text in accuracy.texts)
 
 
+def test_averaged_weights_have_a_curve_and_the_last_word():
+    records = [*RECORDS, {"step": 40, "val_ema/loss": 0.8, "val_ema/top1": 80.0}]
+    loss, accuracy = training_curve({"a": records}).axes
+    assert lines(loss)["test, averaged weights"] == [[40, 0.8]]
+    assert lines(accuracy) == {"test": [[20, 50], [40, 75]], "test, averaged weights": [[40, 80]]}
+    assert [text.get_text() for text in accuracy.texts] == ["80.0 %"]
+
+
+def test_runs_share_a_figure():
+    other = [{"step": 30, "val/top1": 60.0}]
+    loss, accuracy = training_curve({"small": RECORDS, "large": other}).axes
+    assert lines(accuracy) == {"small, test: 75.0 %": [[20, 50], [40, 75]], "large, test: 60.0 %": [[30, 60]]}
+    assert set(lines(loss)) == {"small, training", "small, test"}
+    assert len({line.get_color() for line in accuracy.lines}) == 2
+
+
 def test_curves_without_validation():
-    training_curve(RECORDS[:2]).canvas.draw()
-    training_curve([]).canvas.draw()
+    training_curve({"a": RECORDS[:2]}).canvas.draw()
+    training_curve({"a": []}, target=50).canvas.draw()
 
 
 def test_confusion_counts_are_written():

@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "push": "write a model in timm's Hugging Face format, and upload it",
     "convert": "convert weights between official, timm and mmpretrain, and merge them",
     "train": "train or fine-tune a classifier",
+    "curves": "draw how trainings went: loss and accuracy over the steps",
     "submit": "submit a training to SLURM, or run it in the background",
     "predict": "name what is in pictures",
     "demo": "train, score, merge and look into a small network on real pictures, in minutes",

@@ -76,7 +76,10 @@ def _learning(result: DemoResult) -> Section:
         title="It learns",
         text="Training pictures are shifted and turned a little; test pictures are not. The dashed line is the aim.",
         figures=(
-            (training_curve(result.trained.metrics, target=result.target), "Loss and test accuracy during training"),
+            (
+                training_curve({"demo": result.trained.metrics}, target=result.target),
+                "Loss and test accuracy during training",
+            ),
         ),
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -11,46 +12,70 @@ from PIL import Image
 from replknet.plotting._figures import COLOURS, new_figure, style
 
 _RIGHT, _WRONG = COLOURS[2], COLOURS[1]
+_TRAINING, _TEST, _AVERAGED = "training", "test", "test, averaged weights"
+_KIND_COLOURS = {_TRAINING: COLOURS[5], _TEST: COLOURS[0], _AVERAGED: COLOURS[1]}
+_LOSSES = {"train/loss": _TRAINING, "val/loss": _TEST, "val_ema/loss": _AVERAGED}
+_ACCURACIES = {"val/top1": _TEST, "val_ema/top1": _AVERAGED}
 
 
-def training_curve(records: Sequence[Mapping[str, Any]], *, target: float | None = None) -> Figure:
-    """Loss and accuracy over the steps of a run.
+def training_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, target: float | None = None) -> Figure:
+    """Loss and accuracy over the steps of one run or several.
 
     Args:
-        records: of `metrics.jsonl`: "step" and some of "train/loss", "val/loss", "val/top1" (percent).
+        runs: name of a run → records of its `metrics.jsonl`: "step" and some of "train/loss", "val/loss", "val/top1"
+            (percent), "val_ema/loss", "val_ema/top1". A colour is a kind of line in one run, a run in several.
         target: accuracy to mark with a line, percent.
     """
     with style():
         figure = new_figure(7.4, 2.7)
         left, right = figure.subplots(1, 2)
-        for name, label, colour in (("train/loss", "training", COLOURS[5]), ("val/loss", "test", COLOURS[0])):
-            steps, values = _series(records, name)
-            left.plot(steps, values, color=colour, label=label, linewidth=1.6)
-        left.set(xlabel="step", ylabel="loss", title="Cross-entropy")
-        left.set_ylim(bottom=0)
-        left.legend(frameon=False)
-        steps, values = _series(records, "val/top1")
-        right.plot(steps, values, color=COLOURS[0], marker="o", markersize=3.5, linewidth=1.6)
+        for number, (name, records) in enumerate(runs.items()):
+            colour = COLOURS[number % len(COLOURS)] if len(runs) > 1 else None
+            for axes, curves in ((left, _LOSSES), (right, _ACCURACIES)):
+                for key, kind in curves.items():
+                    _curve(axes, records, key, kind, name, colour)
+        steps = [record["step"] for records in runs.values() for record in records if "val/top1" in record]
         if target is not None:
             right.axhline(target, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
-            right.text(steps[0] if steps else 0, target, f"{target:g} %", va="bottom", fontsize=8, color="#666666")
-        if values:
-            right.annotate(
-                f"{values[-1]:.1f} %",
-                (steps[-1], values[-1]),
-                textcoords="offset points",
-                xytext=(0, -14),
-                ha="right",
-                fontweight="bold",
-                color=COLOURS[0],
-            )
+            right.text(min(steps, default=0), target, f"{target:g} %", va="bottom", fontsize=8, color="#666666")
+        left.set(xlabel="step", ylabel="loss", title="Cross-entropy")
+        left.set_ylim(bottom=0)
         right.set(xlabel="step", ylabel="percent right", title="Accuracy on test pictures")
-        right.set_ylim(min([0.0, *values]), 104)
+        right.set_ylim(0, 104)
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
             axes.set_axisbelow(True)
+            if len(axes.get_legend_handles_labels()[0]) > 1:
+                axes.legend(frameon=False)
     return figure
+
+
+def _curve(
+    axes: Axes, records: Sequence[Mapping[str, Any]], key: str, kind: str, run: str, run_colour: str | None
+) -> None:
+    steps, values = _series(records, key)
+    # What was not measured has no line, and so no place in the legend.
+    if not values:
+        return
+    colour = run_colour or _KIND_COLOURS[kind]
+    last = f"{values[-1]:.1f} %"
+    label = f"{run}, {kind}" if run_colour else kind
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        label=f"{label}: {last}" if run_colour and key in _ACCURACIES else label,
+        linewidth=1.0 if kind == _TRAINING else 1.6,
+        alpha=0.5 if run_colour and kind == _TRAINING else 1.0,
+        linestyle="--" if run_colour and kind == _AVERAGED else "-",
+        marker="o" if kind != _TRAINING and len(values) <= 40 else "",
+        markersize=3,
+    )
+    alone = not any("val_ema/top1" in record for record in records)
+    if run_colour is None and key in ("val_ema/top1", "val/top1" if alone else None):
+        place: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -14), "ha": "right"}
+        axes.annotate(last, (steps[-1], values[-1]), fontweight="bold", color=colour, **place)
 
 
 def confusion_matrix(counts: Any, names: Sequence[str]) -> Figure:
