@@ -79,6 +79,12 @@ def reference(small_config, digits_folder, tmp_path_factory):
     return train(small_config(digits_folder, folder))
 
 
+def test_the_last_epoch_is_scored_whatever_validate_every_is(small_config, digits_folder, tmp_path):
+    result = train(small_config(digits_folder, tmp_path / "run", validate_every=2))
+    assert [record["step"] for record in scores(tmp_path / "run")] == [16, 24]
+    assert result.final == {key: value for key, value in scores(tmp_path / "run")[-1].items() if key[:3] == "val"}
+
+
 def test_a_run_leaves_everything_behind(reference, digits_folder):
     folder = reference.folder
     assert reference.steps == 24

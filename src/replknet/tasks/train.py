@@ -82,7 +82,7 @@ class TrainConfig:
         seed: of weights, data order, augmentation, mixup and drop path.
         num_samples: images of a training stream that does not tell its length.
         loader: worker processes, prefetching, where images are normalised, memory format, broken images.
-        validate: score the validation set after every `validate_every` epochs.
+        validate: score the validation set after every `validate_every` epochs, and after the last.
         validate_every: see validate.
         checkpoint_every: optimizer steps between checkpoints within an epoch; None for the ends of epochs only.
         log_every: optimizer steps between records in the log.

@@ -96,7 +96,7 @@ def make_trainer(
             plugins=[AtomicCheckpointIO(), *_environment(launch)],
             max_epochs=epochs,
             gradient_clip_val=clip_grad,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, ValidateLastEpoch()],
             logger=list(loggers),
             log_every_n_steps=1,
             enable_progress_bar=progress,
@@ -112,6 +112,14 @@ def make_trainer(
         )
     except MisconfigurationException as error:
         raise UsageError(f"this machine cannot run --accelerator {accelerator} --devices {devices}: {error}") from error
+
+
+class ValidateLastEpoch(lightning.Callback):
+    """Whatever `validate_every` is, a run ends with its scores."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
 
 def _strategy(name: str, many: bool, accelerator: str, devices: int | str) -> Strategy | str:
