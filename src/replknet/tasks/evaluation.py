@@ -3,8 +3,8 @@
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def evaluate(
             in that precision.
         loader: from `replknet.data.evaluation_loader`; labels are outputs of the network, `IGNORE` does not count.
         device: where to run; that of the model by default.
-        dtype: float32, or bfloat16/float16 for autocast, or float64.
+        dtype: float32 (without TF32), or bfloat16/float16 for autocast, or float64.
         outputs: outputs that may win, for test sets of fewer classes (ImageNet-A, -R); all by default.
         real_labels: for every sample index the labels that are right; the loader then gives the index too, and
             pictures without any are left out of this score.
@@ -192,7 +192,7 @@ def _run(
     scores = [_Scores(place, outputs, real_labels, confusion) for _ in models]
     difference = torch.zeros(3, dtype=torch.float64, device=place)
     meter = ThroughputMeter()
-    with torch.inference_mode(), _autocast(place, dtype):
+    with torch.inference_mode(), _autocast(place, dtype), _no_tf32():
         for images, labels, *index in meter.iterate(loader, lambda batch: len(batch[1])):
             images = images.to(place, non_blocking=True)
             images = on_device(images) if on_device is not None else images
@@ -321,6 +321,20 @@ def _autocast(device: torch.device, dtype: torch.dtype):
     if dtype not in (torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype}: give float32, float64, bfloat16 or float16")
     return torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """A score in float32 means float32: torch's default of TF32 in convolutions changes answers near a tie."""
+    settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _widen(difference: Tensor, before: Tensor, after: Tensor, labels: Tensor) -> None:

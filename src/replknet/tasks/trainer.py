@@ -81,8 +81,9 @@ def make_trainer(
     accelerator = hardware.accelerator
     if accelerator == "auto" and not torch.cuda.is_available():
         accelerator = "cpu"
-    if accelerator == "cpu" and devices == "auto":
-        devices = 1
+    if devices == "auto":
+        # Counted here: Lightning resolves "auto" too late for the choice between one process and DDP.
+        devices = 1 if accelerator == "cpu" else torch.cuda.device_count() or "auto"
     if hardware.precision == "fp16" and accelerator == "cpu":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     many = devices != 1 or nodes != 1
@@ -127,7 +128,6 @@ def _strategy(name: str, many: bool, accelerator: str, devices: int | str) -> St
         if accelerator == "cpu":
             raise UsageError("--strategy fsdp needs GPUs; use ddp on CPUs")
         return FSDPStrategy(state_dict_type="full", sharding_strategy="FULL_SHARD")
-    # "auto" devices on GPUs may turn out to be one: Lightning then uses DDP with one process, which changes nothing.
     if name == "ddp" or many:
         return DDPStrategy(find_unused_parameters=False, process_group_backend="gloo" if accelerator == "cpu" else None)
     return "auto"
