@@ -326,7 +326,7 @@ def _autocast(device: torch.device, dtype: torch.dtype):
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     """A score in float32 means float32: torch's default of TF32 in convolutions changes answers near a tie."""
-    settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
