@@ -1,12 +1,14 @@
 """Semantic segmentation with UperNet on MMSegmentation's maintained fork.
 
 Configs import it as `custom_imports = dict(imports=['replknet.tasks.segmentation'])`, which registers the backbone
-`RepLKNet` and the optimizer constructor `RepLKNetLayerDecay`.
+`RepLKNet`, the optimizer constructor `RepLKNetLayerDecay`, the data set `SegmentationFolder` and the transform
+`LoadCheckedAnnotations`.
 """
+
+import importlib
 
 from replknet.tasks.openmmlab import require
 
 require("segmentation")
-
-import replknet.tasks.openmmlab.backbone  # noqa: E402
-import replknet.tasks.openmmlab.layer_decay  # noqa: E402, F401
+for _module in ("openmmlab.backbone", "openmmlab.layer_decay", "segmentation.folder_dataset", "segmentation.labels"):
+    importlib.import_module(f"replknet.tasks.{_module}")
