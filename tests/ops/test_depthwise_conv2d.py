@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replknet.ops import depthwise_conv2d
-from replknet.ops._problem import is_channels_last
+from replknet.ops._problem import in_format_of, is_channels_last, is_cnhw
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,6 +35,17 @@ def test_matches_float64_oracle(case, dtype, channels_last, device, oracle):
     got = oracle.check(depthwise_conv2d, *inputs)
     assert is_channels_last(got["y"]) == is_channels_last(inputs[0])
     assert is_channels_last(got["dx"]) == is_channels_last(inputs[0])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if min(case[:2]) > 1], ids=str)
+def test_cnhw_runs_as_it_is_and_matches(case, dtype, device, oracle):
+    x, w, b, g = oracle.make_inputs(*case, dtype, device)
+    like = torch.empty(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+    inputs = in_format_of(x, like), w, b, in_format_of(g, like)
+    got = oracle.check(depthwise_conv2d, *inputs)
+    assert is_cnhw(got["y"]) == is_cnhw(got["dx"]) == is_cnhw(inputs[0])
 
 
 @pytest.mark.parametrize("backend", ["rearranged", "torch"])

@@ -139,10 +139,17 @@ def _prepared(model: nn.Module, convolution: str, merged: bool, mode: str) -> nn
     network = copy.deepcopy(model).train(mode == "training")
     if merged:
         network = reparameterize(network)
-    if convolution == "torch":
-        for module in network.modules():
-            if type(module) is DepthwiseConv2d:
-                module.__class__ = nn.Conv2d  # type: ignore[assignment]
+    return _with_torchs_convolutions(network) if convolution == "torch" else network
+
+
+def _with_torchs_convolutions(network: nn.Module) -> nn.Module:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is DepthwiseConv2d:
+                activation, child.activation = child.activation, None
+                child.__class__ = nn.Conv2d  # type: ignore[assignment]
+                if activation == "relu":
+                    setattr(module, name, nn.Sequential(child, nn.ReLU()))
     return network
 
 

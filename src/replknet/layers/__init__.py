@@ -3,6 +3,7 @@
 from replknet.layers.blocks import ConvFFN, RepLKBlock
 from replknet.layers.conv_norm import ConvNorm, conv_norm
 from replknet.layers.depthwise_conv2d import DepthwiseConv2d
+from replknet.layers.pointwise_conv2d import PointwiseConv2d
 from replknet.layers.reparam_large_kernel_conv import (
     Branch,
     ReparamLargeKernelConv,
@@ -16,6 +17,7 @@ __all__ = [
     "ConvFFN",
     "ConvNorm",
     "DepthwiseConv2d",
+    "PointwiseConv2d",
     "RepLKBlock",
     "ReparamLargeKernelConv",
     "ReparamLargeKernelConv1d",

@@ -8,6 +8,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from replknet.layers.conv_norm import NormLayer, conv_norm, refuse_training
+from replknet.layers.depthwise_conv2d import DepthwiseConv2d
 from replknet.layers.reparam_large_kernel_conv import ReparamLargeKernelConv
 
 
@@ -60,7 +61,9 @@ class RepLKBlock(nn.Module):
     def fuse(self) -> "RepLKBlock":
         """Merge the kernels and fold every norm; in place, idempotent, evaluation only."""
         refuse_training(self)
-        self.large_kernel.fuse()
+        convolution = self.large_kernel.fuse().lkb_reparam
+        if isinstance(convolution, DepthwiseConv2d):
+            self.lk_nonlinear = convolution.absorb(self.lk_nonlinear)
         self.pw1.fuse(pre_norm=self.prelkb_bn)
         self.prelkb_bn = nn.Identity().eval()
         self.pw2.fuse()

@@ -58,6 +58,8 @@ class ConvNorm(nn.Module):
         self.conv.weight = replaced(old, weight)  # type: ignore[arg-type]
         self.conv.bias = replaced(old, bias)  # type: ignore[arg-type]
         self.bn = nn.Identity().eval()
+        if isinstance(self.conv, DepthwiseConv2d):
+            self.act = self.conv.absorb(self.act)
         return self
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from replknet import ops
-from replknet.ops import depthwise_conv2d
+from replknet.layers.cnhw_conv2d import as_cnhw
+from replknet.ops import Activation, depthwise_conv2d, is_cnhw
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -15,9 +16,14 @@ class DepthwiseConv2d(nn.Conv2d):
 
     Shapes: `[N, C, H, W]` or `[C, H, W]` in; as `nn.Conv2d` out.
 
+    Attributes:
+        activation: None, or "relu", applied to the output in the same kernel; folding sets it (`absorb`).
+
     Raises:
         ValueError: groups differ from in_channels, so that the convolution is not depthwise.
     """
+
+    activation: Activation | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -30,8 +36,25 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]` or `[C, H, W]`."""
         if why_not_same_depthwise(self) is not None:
-            return super().forward(x)
-        return _convolve(x, self.weight, self.bias, self.padding)
+            y = self._torchs_own(x)
+            return y.relu() if self.activation == "relu" else y
+        return _convolve(x, self.weight, self.bias, self.padding, self.activation)
+
+    def _torchs_own(self, x: Tensor) -> Tensor:
+        if is_cnhw(x) and not ops.recording_a_portable_graph():
+            return as_cnhw(super().forward(x))
+        return super().forward(x)
+
+    def absorb(self, act: nn.Module) -> nn.Module:
+        """Take over the activation behind this layer where its kernels can; returns what is left of it to apply."""
+        if type(act) is not nn.ReLU or self.activation is not None:
+            return act
+        self.activation = "relu"
+        return nn.Identity().train(act.training)
+
+    def extra_repr(self) -> str:
+        """As `nn.Conv2d`, and the activation."""
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
     def explain(self, x: Tensor) -> str:
         """Which backend runs each pass for x and why, or why this layer is torch's own convolution; nothing is run."""
@@ -62,13 +85,20 @@ def why_not_same_depthwise(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str | tuple[int, ...]) -> Tensor:
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: str | tuple[int, ...],
+    activation: Activation | None,
+) -> Tensor:
     if ops.recording_a_portable_graph():
         # The layer's own constants, where the operator would have to read them off shapes while being traced.
-        return nn.functional.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+        y = nn.functional.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+        return y.relu() if activation == "relu" else y
     if x.dim() == 3:
-        return depthwise_conv2d(x.unsqueeze(0), weight, bias).squeeze(0)
-    return depthwise_conv2d(x, weight, bias)
+        return depthwise_conv2d(x.unsqueeze(0), weight, bias, activation=activation).squeeze(0)
+    return depthwise_conv2d(x, weight, bias, activation=activation)
 
 
 # torch.fx records the call as one node instead of tracing into its checks.

@@ -1,12 +1,14 @@
 """Operators on tensors; no modules, no state."""
 
 from replknet.ops._dispatch import BACKENDS, Backend, Choice, Explanation, explain
+from replknet.ops._problem import is_cnhw
 from replknet.ops._reference import depthwise_conv2d_fft, depthwise_conv2d_reference
 from replknet.ops._tuning import autotune
-from replknet.ops.depthwise_conv2d import depthwise_conv2d, recording_a_portable_graph
+from replknet.ops.depthwise_conv2d import Activation, depthwise_conv2d, recording_a_portable_graph
 
 __all__ = [
     "BACKENDS",
+    "Activation",
     "Backend",
     "Choice",
     "Explanation",
@@ -15,5 +17,6 @@ __all__ = [
     "depthwise_conv2d_fft",
     "depthwise_conv2d_reference",
     "explain",
+    "is_cnhw",
     "recording_a_portable_graph",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from replknet.ops import _rearranged, _torch, _tuning
-from replknet.ops._problem import Pass, Problem, format_of, problem_of
+from replknet.ops._problem import Pass, Problem, dense, problem_of
 
 Backend = Literal["auto", "cuda", "rearranged", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -105,8 +105,7 @@ def explain(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> Explanat
 
     x, weight, _ = under_autocast(x, weight, None)
     check_arguments(x, weight, None, None, backend)
-    x = x.contiguous(memory_format=format_of(x))
-    problem = problem_of(x, (weight.shape[2], weight.shape[3]))
+    problem = problem_of(dense(x), (weight.shape[2], weight.shape[3]))
     return Explanation(*(choose(field.name, problem, backend) for field in fields(Explanation)))  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from replknet.ops._dispatch import Choice, choose, implementation
-from replknet.ops._problem import Pass, format_of, is_channels_last, problem_of
+from replknet.ops._problem import Pass, dense, in_format_of, is_channels_last, is_cnhw, problem_of
 
 _LIBRARY = torch.library.Library("replknet", "DEF")
 _FORWARD = "replknet::depthwise_conv2d"
@@ -31,13 +31,17 @@ _define("depthwise_conv2d_weight_grad(Tensor grad_y, Tensor x, SymInt kh, SymInt
 
 
 def _as_format_of(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the format of a tensor that is contiguous or channels_last, strides of size-1 dimensions included.
+    """The value in the format of a dense tensor, strides of size-1 dimensions included.
 
     The fake kernels promise exactly these strides, whatever a backend returns.
     """
-    value = value.contiguous(memory_format=format_of(like))
-    _, C, H, W = value.shape
-    expected = (C * H * W, 1, W * C, C) if is_channels_last(like) else (C * H * W, H * W, W, 1)
+    value = in_format_of(value, like)
+    N, C, H, W = value.shape
+    expected = (C * H * W, H * W, W, 1)
+    if is_channels_last(like):
+        expected = (C * H * W, 1, W * C, C)
+    elif is_cnhw(like):
+        expected = (H * W, N * H * W, W, 1)
     return value if value.stride() == expected else value.as_strided(value.shape, expected)
 
 
@@ -51,33 +55,36 @@ def _run(choice: Choice, pass_: Pass, device: torch.device, *arguments) -> Tenso
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
-    x = x.contiguous(memory_format=format_of(x))
+    x = dense(x)
     choice = choose("forward", problem_of(x, (weight.shape[2], weight.shape[3])), backend)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=format_of(x))
+        return _empty_in_format(x)
     y = _run(choice, "forward", x.device, x, weight.contiguous(), bias, activation)
     return _as_format_of(y, x)
 
 
 def _input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
-    grad_y = grad_y.contiguous(memory_format=format_of(grad_y))
+    grad_y = dense(grad_y)
     choice = choose("input_grad", problem_of(grad_y, (weight.shape[2], weight.shape[3])), backend)
     if grad_y.numel() == 0:
-        return torch.empty_like(grad_y, memory_format=format_of(grad_y))
+        return _empty_in_format(grad_y)
     return _as_format_of(_run(choice, "input_grad", grad_y.device, grad_y, weight.contiguous()), grad_y)
 
 
 def _weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
-    x = x.contiguous(memory_format=format_of(x))
+    x = dense(x)
     choice = choose("weight_grad", problem_of(x, (kh, kw)), backend)
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, kh, kw)
-    grad_y = grad_y.contiguous(memory_format=format_of(x))
+    grad_y = in_format_of(grad_y, x)
     return _run(choice, "weight_grad", x.device, grad_y, x, kh, kw).contiguous()
 
 
 def _empty_in_format(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=format_of(x))
+    N, C, H, W = x.shape
+    if is_cnhw(x):
+        return x.new_empty(C, N, H, W).transpose(0, 1)
+    return torch.empty_like(x, memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
 for _name, _kernel, _fake in (
@@ -135,7 +142,7 @@ def _backward_forward(ctx, grad_y: Tensor):
     x, weight, y = ctx.saved_tensors
     if y is not None:
         grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
-    grad_y = grad_y.contiguous(memory_format=format_of(x))
+    grad_y = in_format_of(grad_y, x)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         dx = input_grad(grad_y, weight, ctx.backend)

@@ -1,4 +1,8 @@
-"""What a backend has to know about one call, and the two memory formats in which it arrives."""
+"""What a backend has to know about one call, and the memory formats in which it arrives.
+
+Three formats run as they are: contiguous, channels_last, and CNHW, a view `[N, C, H, W]` of a contiguous
+`[C, N, H, W]`, in which a 1x1 convolution is one matrix product and the statistics of a channel lie in one piece.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,13 +35,25 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def format_of(x: Tensor) -> torch.memory_format:
-    """The format of x, of its copy if it has neither, and of the result."""
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+def is_cnhw(x: Tensor) -> bool:
+    """Whether x is a view of a contiguous `[C, N, H, W]` and not also contiguous, as it is with one image."""
+    return x.dim() == 4 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself in one of the three formats, else a contiguous copy."""
+    return x if x.is_contiguous() or is_channels_last(x) or is_cnhw(x) else x.contiguous()
+
+
+def in_format_of(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the format of a dense tensor; a copy only where it is in another."""
+    if is_cnhw(like):
+        return value.transpose(0, 1).contiguous().transpose(0, 1)
+    return value.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
 
 
 def problem_of(x: Tensor, kernel: tuple[int, int]) -> Problem:
-    """The problem that x, contiguous or channels_last, poses with a kernel of `(Kh, Kw)`."""
+    """The problem that a dense x poses with a kernel of `(Kh, Kw)`."""
     n, c, h, w = x.shape
     return Problem((n, c, h, w), kernel, x.dtype, is_channels_last(x), x.device)
 

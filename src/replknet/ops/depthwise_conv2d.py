@@ -8,7 +8,7 @@ from torch import Tensor
 
 from replknet.ops import _library, _torch
 from replknet.ops._dispatch import BACKENDS, Backend, choose
-from replknet.ops._problem import format_of, problem_of
+from replknet.ops._problem import dense, is_cnhw, problem_of
 
 Activation = Literal["relu"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,8 +30,8 @@ def depthwise_conv2d(
     what is exported needs nothing of this package.
 
     Args:
-        x: `[N, C, H, W]`, N >= 0, C, H, W >= 1; float16, bfloat16, float32 or float64. Contiguous and channels_last
-            run as they are; other strides are made contiguous.
+        x: `[N, C, H, W]`, N >= 0, C, H, W >= 1; float16, bfloat16, float32 or float64. Contiguous, channels_last and
+            CNHW (a view of a contiguous `[C, N, H, W]`) run as they are; other strides are made contiguous.
         weight: `[C, 1, Kh, Kw]`, Kh and Kw odd, of x's dtype (inside autocast of any dtype).
         bias: `[C]` of x's dtype, or None.
         activation: None, or "relu", which is applied in the same kernel.
@@ -55,7 +55,7 @@ def depthwise_conv2d(
         return y.relu() if activation == "relu" else y
     check_arguments(x, weight, bias, activation, backend)
     if backend == "auto" and _is_torchs_own(x, weight, bias):
-        return _torch.forward(x.contiguous(memory_format=format_of(x)), weight, bias, activation)
+        return _torch.forward(dense(x), weight, bias, activation)
     return _library.forward(x, weight, bias, activation, backend)
 
 
@@ -114,6 +114,8 @@ def _is_torchs_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Going through an operator written in Python costs 20 us, which shows at this size of problem only.
     """
     if not x.is_cpu or torch.compiler.is_compiling() or _library.transformed():
+        return False
+    if is_cnhw(x):
         return False
     problem = problem_of(x, (weight.shape[2], weight.shape[3]))
     if choose("forward", problem).backend != "torch":

@@ -1,0 +1,140 @@
+"""The one entry to speed: a model as it was built, made ready to run or to train as fast as this machine can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from replknet.layers import PointwiseConv2d, reparameterize
+from replknet.layers.cnhw_conv2d import CnhwConv2d
+from replknet.layers.pointwise_conv2d import why_not_matrix_product
+from replknet.models.accelerate import accelerate
+
+Mode = Literal["inference", "training"]
+Format = Literal["contiguous", "channels_last", "cnhw"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+log = logging.getLogger(__name__)
+
+
+def optimize(
+    model: nn.Module,
+    mode: Mode = "inference",
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: Format | None = None,
+    compile: bool | None = None,  # noqa: A002 - torch's own name
+    cuda_graph: bool = False,
+    autotune: bool = False,
+) -> nn.Module:
+    """Make a RepLKNet, or any other network, fast; in place.
+
+    Both modes: depthwise convolutions run as `replknet.ops.depthwise_conv2d`, 1x1 convolutions as matrix products,
+    one memory format goes through the whole network, and on CUDA the network is compiled by torch.compile. Outputs
+    change by rounding only.
+
+    - "inference": evaluation mode; small kernels merged and batch norms folded (`replknet.reparameterize`), ReLUs
+      taken into the depthwise kernels; parameters ask for no gradient.
+    - "training": training mode; parameters, state-dict keys and batch norms stay as they are. Mixed precision is
+      autocast's affair, as always.
+
+    Call it after loading weights and moving the model to its device, and before wrapping it for distributed training.
+
+    Args:
+        model: any module; images `[N, C, H, W]` in.
+        mode: "inference" or "training".
+        dtype: of parameters and buffers, for inference; images must then come in it. None leaves it.
+        memory_format: "contiguous", "channels_last", or "cnhw" (all images of a channel together: for networks of
+            depthwise and 1x1 convolutions and batch norms, such as RepLKNet, compiled). None chooses by device.
+            Images may come in any.
+        compile: compile with torch.compile; None does so on CUDA. Elsewhere it needs a C++ compiler.
+        cuda_graph: compiled code also captures CUDA graphs, which removes the host's launch times; outputs are then
+            overwritten by the next call. Inputs of one shape only make sense.
+        autotune: let the compiler time its choices of matrix products; the first call takes minutes.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: not a module, or one that torch.compile has wrapped already.
+        ValueError: an unknown mode or format, a dtype that is not floating or is given for training, CUDA graphs
+            without CUDA or without compilation.
+
+    Example:
+        >>> model = replknet.optimize(timm.create_model("replknet_nano"), "inference")
+    """
+    _check(model, mode, dtype, memory_format)
+    device = _device_of(model)
+    compiled = device.type == "cuda" if compile is None else compile
+    if cuda_graph and not (compiled and device.type == "cuda"):
+        raise ValueError(f"cuda_graph=True needs a compiled model on CUDA; got compile={compile}, {device}")
+    chosen = memory_format or _default_format(model, device)
+    if mode == "inference":
+        reparameterize(model.eval()).requires_grad_(False)
+        model.to(dtype)
+    else:
+        model.train()
+    log.info("%s", accelerate(model))
+    _take_format(model, chosen)
+    if compiled:
+        model.compile(dynamic=False, options=_compiler_options(cuda_graph=cuda_graph, autotune=autotune))
+    return model
+
+
+def _check(model: nn.Module, mode: str, dtype: torch.dtype | None, memory_format: str | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes an nn.Module, given {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        raise TypeError("optimize takes a model that is not compiled yet: give it the original, it compiles itself")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, given {mode!r}")
+    if memory_format not in (None, *FORMATS):
+        raise ValueError(f"memory_format must be one of {', '.join(map(repr, FORMATS))}, given {memory_format!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating one such as torch.bfloat16, given {dtype}")
+    if dtype is not None and mode == "training":
+        raise ValueError(f"dtype={dtype} is for inference; train in float32 parameters under torch.autocast")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on several devices: {', '.join(sorted(map(str, devices)))}; move it to one")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _default_format(model: nn.Module, device: torch.device) -> Format:
+    return "channels_last"
+
+
+def _take_format(model: nn.Module, memory_format: Format) -> None:
+    _convert(model, PointwiseConv2d, lambda conv: why_not_matrix_product(conv) is None)
+    if memory_format == "cnhw":
+        dense: Callable[[nn.Conv2d], bool] = lambda conv: type(conv) is nn.Conv2d  # noqa: E731
+        _convert(model, CnhwConv2d, dense)
+        return
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _convert(model: nn.Module, cls: type[nn.Conv2d], wanted: Callable[[nn.Conv2d], bool]) -> None:
+    """Give the same objects another class, as `accelerate` does; subclasses and patched ones are left."""
+    for module in model.modules():
+        plain = type(module) is nn.Conv2d and not {"forward", "_conv_forward"} & vars(module).keys()
+        if plain and wanted(module):  # type: ignore[arg-type]
+            module.__class__ = cls
+
+
+def _compiler_options(*, cuda_graph: bool, autotune: bool) -> dict[str, Any]:
+    return {
+        "triton.cudagraphs": cuda_graph,
+        "max_autotune": autotune,
+        "coordinate_descent_tuning": autotune,
+        "conv_1x1_as_mm": True,
+        "epilogue_fusion": True,
+    }

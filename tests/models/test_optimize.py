@@ -1,0 +1,139 @@
+"""`optimize`: the same answers and gradients, in every mode and format, for our networks and for others."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import replknet
+from replknet.layers import DepthwiseConv2d, PointwiseConv2d
+from replknet.models.optimize import FORMATS
+from replknet.ops import is_cnhw
+
+NETWORKS = ("replknet_nano", "test_convnext", "test_resnet", "test_vit")
+
+
+def build(name: str, trained) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    network = trained(timm.create_model(name, num_classes=7)).double()
+    size = network.pretrained_cfg["input_size"][-1] if "vit" in name else 64
+    return network, torch.randn(3, 3, size, size, dtype=torch.float64)
+
+
+def step(network: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    logits = network(x)
+    logits.logsumexp(1).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return {"logits": logits.detach(), **gradients, **buffers}
+
+
+@pytest.mark.parametrize("memory_format", [None, *FORMATS])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inference_gives_the_same_answers(name, memory_format, trained):
+    network, x = build(name, trained)
+    with torch.no_grad():
+        want = network(x)
+    assert replknet.optimize(network, memory_format=memory_format) is network
+    got = network(x)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [None, *FORMATS])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_gives_the_same_gradients_and_statistics(name, memory_format, trained):
+    network, x = build(name, trained)
+    want = step(copy.deepcopy(network).train(), x)
+    got = step(replknet.optimize(network, "training", memory_format=memory_format), x)
+    assert got.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_compiled(mode, memory_format, trained, device):
+    torch._dynamo.reset()
+    network, x = build("replknet_nano", trained)
+    network, x = network.to(device), x.to(device)
+    want = step(copy.deepcopy(network).train(mode == "training"), x)
+    replknet.optimize(network, mode, memory_format=memory_format, compile=True)
+    if mode == "inference":
+        return torch.testing.assert_close(network(x), want["logits"], rtol=1e-9, atol=1e-9)
+    got = step(network, x)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
+
+
+def test_what_becomes_of_the_layers(trained):
+    network, x = build("replknet_nano", trained)
+    replknet.optimize(network, memory_format="cnhw")
+    assert network.form == "fused"
+    assert all(type(conv) is not nn.Conv2d for conv in network.modules())
+    kernels = [block.large_kernel.lkb_reparam for stage in network.stages for block in stage.blocks[::2]]
+    assert {kernel.activation for kernel in kernels} == {"relu"}
+    seen = []
+    for module in network.modules():
+        if isinstance(module, (DepthwiseConv2d, PointwiseConv2d)):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(is_cnhw(output)))
+    network(x)
+    assert len(seen) > 20
+    assert all(seen)
+
+
+def test_state_dict_stays_as_it_was(trained):
+    network, _ = build("replknet_nano", trained)
+    before = network.state_dict()
+    replknet.optimize(network, "training", memory_format="channels_last")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    copy.deepcopy(network).load_state_dict(before)
+
+
+def test_a_second_call_changes_nothing(trained):
+    network, x = build("replknet_nano", trained)
+    first = replknet.optimize(network)(x)
+    assert torch.equal(replknet.optimize(network)(x), first)
+
+
+def test_half_precision(trained):
+    network, x = build("replknet_nano", trained)
+    want = network(x)
+    got = replknet.optimize(network, dtype=torch.bfloat16)(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_patched_convolutions_are_left(trained):
+    network, _ = build("test_resnet", trained)
+    conv = next(m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))
+    conv.forward = lambda input: nn.Conv2d.forward(conv, input)  # noqa: A006
+    replknet.optimize(network)
+    assert type(conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"mode": "fast"}, ValueError, "mode must be one of 'inference', 'training', given 'fast'"),
+        ({"memory_format": "nchw"}, ValueError, "memory_format must be one of .*'cnhw', given 'nchw'"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be a floating one"),
+        ({"dtype": torch.float16, "mode": "training"}, ValueError, "under torch.autocast"),
+        ({"cuda_graph": True}, ValueError, "needs a compiled model on CUDA"),
+    ],
+)
+def test_impossible_requests(arguments, error, words):
+    with pytest.raises(error, match=words):
+        replknet.optimize(nn.Conv2d(2, 2, 1), **arguments)
+
+
+def test_wrong_things_to_optimize():
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, given function"):
+        replknet.optimize(step)
+    with pytest.raises(TypeError, match="not compiled yet"):
+        replknet.optimize(torch.compile(nn.Conv2d(2, 2, 1)))
+    with pytest.raises(ValueError, match="several devices: cpu, meta"):
+        replknet.optimize(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, device="meta")))
