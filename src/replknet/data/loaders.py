@@ -1,6 +1,7 @@
 """DataLoaders: their settings, and the one for evaluation."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +62,7 @@ def make_loader(
         persistent_workers=workers > 0,
         prefetch_factor=config.prefetch if workers else None,
         collate_fn=_ChannelsLast() if config.channels_last else None,
+        worker_init_fn=_ignore_stop_signals,
     )
     if isinstance(samples, StreamSamples):
         # Lightning tells the epoch to the sampler alone, and a DataLoader takes no sampler of ours for a stream.
@@ -93,6 +95,16 @@ def evaluation_loader(
     samples = make_samples(images, transform, image, batch_size, None, config.broken, workers, targets, with_index)
     sampler = None if isinstance(samples, StreamSamples) else make_sampler(len(samples), None)
     return make_loader(samples, sampler, batch_size, config), samples.report
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """SLURM, `timeout` and a terminal send their signals to workers too: those must outlive the saving of the state.
+
+    They end when their loader says so, or when they find its process gone.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _ChannelsLast:
