@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "eval": "score a classifier on a data set, before and after merging",
     "detect": "find objects and their outlines with FCOS and Cascade Mask R-CNN",
     "complexity": "count parameters, multiply-adds and activations of any network at any size",
+    "segment": "semantic segmentation: train, score, predict, prepare data, export",
     "erf": "measure and draw effective receptive fields of any network",
     "shape-bias": "measure whether networks name pictures by shape or by texture, beside humans",
 }

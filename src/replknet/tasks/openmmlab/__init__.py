@@ -5,6 +5,7 @@ Importing this module loads none of them: `require` does, after it has made sure
 
 import importlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +26,13 @@ REQUIRED: dict[Task, dict[str, str]] = {
 """Distributions of each extra, with the oldest version that works."""
 ORIGINALS = ("mmengine", "mmengine-lite", "mmcv", "mmcv-full", "mmcv-lite", "mmsegmentation", "mmdet")
 """Distributions that bring modules of the same names and overwrite the forks' files."""
+_REMARKS = (
+    "Default ``avg_non_ignore`` is False",
+    "The draw is False",
+    "`reduce_zero_label` will be deprecated",
+    "When align_corners=True, the output would more aligned",
+)
+"""Beginnings of the forks' warnings about settings that are meant so."""
 _MODULES: dict[Task, str] = {"segmentation": "mmseg", "detection": "mmdet"}
 
 
@@ -45,6 +53,8 @@ def require(task: Task) -> None:
         for part in ("models", "datasets", "evaluation", "engine", "visualization"):
             importlib.import_module(f"{_MODULES[task]}.{part}")
     importlib.import_module("replknet.tasks.openmmlab.checkpoint_files")
+    for remark in _REMARKS:
+        warnings.filterwarnings("ignore", message=re.escape(remark))
 
 
 @contextmanager

@@ -27,14 +27,16 @@ from replknet.tasks.processes import process_device
 Precision = Literal["fp32", "fp16", "bf16"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _SHOWN = re.compile(r"(Iter|Epoch)\((train|val|test)\)|Saving checkpoint|Auto resumed|Load checkpoint|backbone: ")
-_log = logging.getLogger(__name__)
+_ABOUT_ITSELF = re.compile(r"prefix is not set in metric|FileClient|HardDiskBackend|Could not import OneDL")
 
 
 class _Shown(logging.Filter):
-    """Of the Runner's lines, those on progress and all warnings; the whole goes to its log file."""
+    """Of the Runner's lines, those on progress and warnings about the run; the whole goes to its log file."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or bool(_SHOWN.search(record.getMessage()))
+        message = record.getMessage()
+        wanted = record.levelno >= logging.WARNING and not _ABOUT_ITSELF.search(message)
+        return wanted or bool(_SHOWN.search(message))
 
 
 class TaskRunner(Runner):

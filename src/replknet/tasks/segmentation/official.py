@@ -155,3 +155,13 @@ def tta_pipeline(scale: tuple[int, int]) -> list[dict[str, Any]]:
 
 def _loss(weight: float) -> dict[str, Any]:
     return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
+
+
+def published_size(entry: Weights) -> tuple[int, int]:
+    """Height and width at which the published FLOPs come out.
+
+    The release's table says 2048x512 for Cityscapes as for the other 1K weights; its figure is that of 2048x1024, twice
+    as many pixels.
+    """
+    assert entry.published_cost is not None
+    return (1024, 2048) if entry.trained_on[-1] == "Cityscapes" else entry.published_cost[2]

@@ -134,17 +134,23 @@ def build_segmentor(config: Config, mode: Mode | None = None) -> nn.Module:
     """
     if "model" not in config:
         raise UsageError("the config has no model")
-    described = copy.deepcopy(config.model)
-    described.backbone.pop("init_cfg", None)
-    described.backbone.pop("pretrained", None)
-    if mode is not None:
-        described.test_cfg = _test_cfg(described, mode)
     try:
         with segmentation_scope():
-            model = MODELS.build(described)
+            model = MODELS.build(inference_cfg(config.model, mode))
     except (KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"the config's model cannot be built: {error.args[0] if error.args else error}") from error
     return revert_sync_batchnorm(model)
+
+
+def inference_cfg(model: Any, mode: Mode | None = None) -> Any:
+    """A model's description without the weights it would start training from, and with another test mode."""
+    described = copy.deepcopy(model)
+    described.pop("pretrained", None)
+    for key in ("init_cfg", "pretrained"):
+        described["backbone"].pop(key, None)
+    if mode is not None:
+        described["test_cfg"] = _test_cfg(described, mode)
+    return described
 
 
 def prepare_for_inference(model: nn.Module, *, merged: bool = True) -> nn.Module:

@@ -1,9 +1,11 @@
 """A config made ready for one's data: where it lies, which classes it has, whether all of it is there."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
 from replknet._errors import UsageError
@@ -29,6 +31,16 @@ def use_data(config: Config, root: str | Path | None) -> None:
     for _, dataset in datasets(config):
         if found := dataset_meta(dataset):
             _set_classes(config, len(found["classes"]), dataset)
+
+
+def check_ready(config: Config, root: str | Path | None, device: str) -> None:
+    """`use_data`, and a batch that the model's norms can take with the processes and device at hand."""
+    use_data(config, root)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if config.get("train_dataloader") is None:
+        raise UsageError("the config has no train_dataloader")
+    check_batch(config, processes, "cpu" if on_cpu else "cuda")
 
 
 def datasets(config: Config) -> Iterator[tuple[str, Any]]:
