@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": set(),
     "tasks": {"ops", "layers", "models", "data"},
     "analysis": {"ops", "layers", "models", "data"},
-    "benchmark": {"ops", "layers", "models", "analysis"},
+    "benchmark": {"ops", "layers", "models", "analysis", "export"},
     "export": {"ops", "layers", "models"},
     "plotting": {"analysis", "benchmark", "data"},
     "cli": {"ops", "layers", "models", "data", "tasks", "analysis", "benchmark", "export", "plotting"},

@@ -1,31 +1,30 @@
-"""Throughput, latency and peak memory of whole networks; a time is told only of a network whose outputs are right."""
+"""Throughput, latency and peak memory of whole networks; a time is told only of a network whose results are right."""
 
 from __future__ import annotations
 
 import copy
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from replknet._errors import UsageError
+from replknet.benchmark.model_runs import Call, Convolution, Execution, Format, How, Mode, build, call_of
+from replknet.benchmark.timeline import Slice, timeline
 from replknet.benchmark.timing import Timed
 from replknet.layers import DepthwiseConv2d, reparameterize
-from replknet.models.factory import create_model
-
-Mode = Literal["inference", "training"]
-Execution = Literal["eager", "compile", "graph"]
-Convolution = Literal["replknet", "torch"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
-CONVOLUTIONS: tuple[Convolution, ...] = get_args(Convolution)
+from replknet.models.accelerate import accelerate
 
 # Largest difference of the logits from the eager float32 network, relative to the largest logit.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+# Length of the gradients' difference relative to their own length. Batch norm's statistics of few values amplify
+# rounding; half precision is also allowed twice the error of torch's own eager network.
+GRADIENT_TOLERANCE = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _SEED = 0
 
 
@@ -39,12 +38,15 @@ class ModelSettings:
     convolutions: tuple[Convolution, ...]
     merged: tuple[bool, ...]
     dtypes: tuple[torch.dtype, ...]
-    channels_last: tuple[bool, ...]
+    formats: tuple[Format, ...]
     device: torch.device
-    size: int | None = None
-    """Side of the images; None: each network's own."""
+    checkpointing: tuple[bool, ...] = (False,)
+    size: tuple[int, int] | None = None
+    """Height and width of the images; None: each network's own."""
     seconds: float = 1.0
     """Spent on one measurement."""
+    timeline: bool = False
+    """Also say where the time goes, kernel by kernel."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class ModelRow:
     execution: str
     dtype: str
     format: str
-    size: int
+    height: int
+    width: int
     batch: int
-    status: str
-    """ok, wrong (the outputs are, so no time is told), out of memory, failed."""
+    checkpointing: bool = False
+    status: str = "ok"
+    """ok, wrong (the results are, so no time is told), out of memory, failed."""
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -70,8 +74,22 @@ class ModelRow:
     peak_mib: float | None = None
     """Most memory that tensors took on the GPU during a call, weights included; empty on a CPU."""
     error: float | None = None
-    """Largest difference of the logits from the eager float32 network's, relative to the largest logit."""
+    """Largest difference of the outputs from the eager float32 network's, relative to the largest output."""
+    gradient_error: float | None = None
+    """Length of the difference of the gradients from the eager float32 network's, relative to their length."""
     note: str = ""
+    timeline: tuple[Slice, ...] = ()
+    """Where the time goes, if that was asked for."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A network, its images, and what the eager float32 network makes of them."""
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    want: dict[str, Tensor]
 
 
 def measure_models(names: Iterable[str], settings: ModelSettings) -> Iterator[ModelRow]:
@@ -80,45 +98,38 @@ def measure_models(names: Iterable[str], settings: ModelSettings) -> Iterator[Mo
     Raises:
         UsageError: an unknown model, or a request that cannot be met anywhere.
     """
-    if "graph" in settings.executions and settings.device.type != "cuda":
+    if settings.device.type != "cuda" and any(execution.endswith("graph") for execution in settings.executions):
         raise UsageError(f"CUDA graphs need a CUDA GPU; the device is {settings.device}")
-    for name in names:
+    for name, mode in itertools.product(names, settings.modes):
         torch.manual_seed(_SEED)
-        model = create_model(name).to(settings.device)
+        model = build(name, mode).to(settings.device)
         cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-        chans, default = cfg.get("input_size", (3, 224, 224))[0], cfg.get("input_size", (3, 224, 224))[-1]
-        size = settings.size or default
+        channels, *default = cfg.get("input_size", (3, 224, 224))
         for batch in settings.batches:
-            images = torch.randn(batch, chans, size, size, generator=torch.Generator().manual_seed(_SEED))
-            for mode in settings.modes:
-                yield from _measure_batch(name, model, images.to(settings.device), mode, settings)
+            generator = torch.Generator().manual_seed(_SEED)
+            images = torch.randn(batch, channels, *(settings.size or default), generator=generator)
+            yield from _measure_batch(name, model, images.to(settings.device), mode, settings)
 
 
 def _measure_batch(
     name: str, model: nn.Module, images: Tensor, mode: Mode, settings: ModelSettings
 ) -> Iterator[ModelRow]:
-    want = _reference(model, images, mode)
-    has_own = any(isinstance(module, DepthwiseConv2d) for module in model.modules())
-    for merged in settings.merged if mode == "inference" else (False,):
+    subject = _Subject(name, model, images, _reference(model, images, mode))
+    ours = any(isinstance(module, DepthwiseConv2d) for module in model.modules())
+    depthwise = ours or bool(accelerate(copy.deepcopy(model)).replaced)
+    # A network without depthwise convolutions is the same with ours as with torch's.
+    same: dict[str, Convolution] = {} if depthwise else {"replknet": "torch"}
+    convolutions = dict.fromkeys(same.get(name, name) for name in settings.convolutions)
+    for merged in settings.merged if mode != "training" else (False,):
         if merged and not _can_merge(model):
             continue
-        for convolution in settings.convolutions if has_own else ("torch",):
-            for dtype in settings.dtypes:
-                for channels_last in settings.channels_last:
-                    for execution in settings.executions:
-                        row = ModelRow(
-                            model=name,
-                            mode=mode,
-                            merged=merged,
-                            convolution=convolution,
-                            execution=execution,
-                            dtype=str(dtype).removeprefix("torch."),
-                            format="channels_last" if channels_last else "contiguous",
-                            size=images.shape[-1],
-                            batch=len(images),
-                            status="ok",
-                        )
-                        yield _measure(row, model, images, want, dtype, settings)
+        for convolution, dtype, format_, checkpointing, execution in itertools.product(
+            convolutions, settings.dtypes, settings.formats, settings.checkpointing, settings.executions
+        ):
+            if format_ == "cnhw" and convolution != "optimize":
+                continue
+            how = How(mode, merged, convolution, execution, dtype, format_, checkpointing)
+            yield _measure(subject, how, settings)
 
 
 def _can_merge(model: nn.Module) -> bool:
@@ -126,66 +137,98 @@ def _can_merge(model: nn.Module) -> bool:
     return sum(1 for _ in reparameterize(copy.deepcopy(model).eval()).modules()) != before
 
 
-@torch.no_grad()
-def _reference(model: nn.Module, images: Tensor, mode: Mode) -> Tensor:
-    """Logits of the eager float32 network with torch's own convolutions, in a few images at a time for inference."""
-    network = _prepared(model, "torch", False, mode)
+def _reference(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Tensor]:
+    """Results of the eager float32 network with torch's own convolutions, a few images at a time where that is free."""
+    how = How(mode, False, "torch", "eager", torch.float32, "contiguous")
     if mode == "training":  # batch statistics need the whole batch
-        return network(images)
-    return torch.cat([network(part) for part in images.split(8)])
+        return _results(call_of(model, how, images))
+    parts = [_results(call_of(model, how, part)) for part in images.split(8)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _prepared(model: nn.Module, convolution: str, merged: bool, mode: str) -> nn.Module:
-    network = copy.deepcopy(model).train(mode == "training")
-    if merged:
-        network = reparameterize(network)
-    return _with_torchs_convolutions(network) if convolution == "torch" else network
+def _results(call: Call) -> dict[str, Tensor]:
+    call.run()
+    return {name: value.detach().float().clone() for name, value in call.results().items()}
 
 
-def _with_torchs_convolutions(network: nn.Module) -> nn.Module:
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if type(child) is DepthwiseConv2d:
-                activation, child.activation = child.activation, None
-                child.__class__ = nn.Conv2d  # type: ignore[assignment]
-                if activation == "relu":
-                    setattr(module, name, nn.Sequential(child, nn.ReLU()))
-    return network
-
-
-def _measure(
-    row: ModelRow, model: nn.Module, images: Tensor, want: Tensor, dtype: torch.dtype, settings: ModelSettings
-) -> ModelRow:
-    cuda = images.device.type == "cuda"
+def _measure(subject: _Subject, how: How, settings: ModelSettings) -> ModelRow:
+    row, device = _row(subject, how), subject.images.device
     try:
-        network = _prepared(model, row.convolution, row.merged, row.mode)
-        run = _runner(network, row, images, dtype)
-        got = run()
-        error, limit = _error(got, want), _limit(row, model, images, want, dtype)
-        if not error <= limit:
-            return _with(row, status="wrong", error=error, note=f"more than {limit:.2g} off")
-        del got
-        run()
-        if cuda:
-            torch.cuda.synchronize(images.device)
-            torch.cuda.reset_peak_memory_stats(images.device)
-            run()
-            torch.cuda.synchronize(images.device)
-        peak = torch.cuda.max_memory_allocated(images.device) / 2**20 if cuda else None
-        timed = Timed(run, images.device, graph=row.execution == "graph")
-        if row.execution == "graph" and timed.graph is None:
-            return _with(row, status="failed", error=error, note="could not be captured into a CUDA graph")
-        times = timed.times(settings.seconds)
+        call = call_of(subject.model, how, subject.images)
+        row = _checked(row, subject, how, _results(call))
+        if row.status == "ok":
+            row = _timed(row, call, device, how, settings)
+        if row.status == "ok" and settings.timeline:
+            row = replace(row, timeline=tuple(timeline(call.run, device)))
     except torch.OutOfMemoryError:
-        return _with(row, status="out of memory")
-    except (RuntimeError, NotImplementedError, AssertionError) as problem:
-        # One combination that a backend cannot run must not end a long series; its row says why.
+        return replace(row, status="out of memory")
+    except Exception as problem:  # noqa: BLE001 - compilers raise what they like
+        # One combination that a backend or a compiler cannot do must not end a long series; its row says why.
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        return _with(row, status="failed", note=lines[0][:160])
+        return replace(row, status="failed", note=lines[0][:160])
     finally:
-        if cuda:
+        if how.compiled:
+            torch.compiler.reset()
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-    return _with(
+    return row
+
+
+def _row(subject: _Subject, how: How) -> ModelRow:
+    values = {**asdict(how), "dtype": str(how.dtype).removeprefix("torch.")}
+    batch, _, height, width = subject.images.shape
+    return ModelRow(model=subject.name, height=height, width=width, batch=batch, **values)
+
+
+def _checked(row: ModelRow, subject: _Subject, how: How, got: dict[str, Tensor]) -> ModelRow:
+    """The row with its errors, its status "wrong" where they are too large."""
+    error, gradient_error = _errors(got, subject.want)
+    row = replace(row, error=error, gradient_error=gradient_error)
+    limit, gradient_limit = _limits(subject, how)
+    if error is not None and not error <= limit:
+        return replace(row, status="wrong", note=f"outputs more than {limit:.2g} off")
+    if gradient_error is not None and not gradient_error <= gradient_limit:
+        return replace(row, status="wrong", note=f"gradients more than {gradient_limit:.2g} off")
+    return row
+
+
+def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float | None, float | None]:
+    outputs = [
+        float((got[name].to(exact.device) - exact).abs().max() / exact.abs().max().clamp(min=1e-12))
+        for name, exact in want.items()
+        if name != "gradients"
+    ]
+    error = max(outputs) if outputs else None
+    if "gradients" not in want:
+        return error, None
+    exact = want["gradients"]
+    return error, float((got["gradients"] - exact).norm() / exact.norm().clamp(min=1e-12))
+
+
+def _limits(subject: _Subject, how: How) -> tuple[float, float]:
+    """Allowed errors: constants, or twice what torch's own eager network makes where the network amplifies rounding."""
+    limit, gradient_limit = TOLERANCE[how.dtype], GRADIENT_TOLERANCE[how.dtype]
+    if how.mode in ("inference", "features") or how.dtype == torch.float32:
+        return limit, gradient_limit
+    plain = How(how.mode, False, "torch", "eager", how.dtype, "contiguous")
+    error, gradient_error = _errors(_results(call_of(subject.model, plain, subject.images)), subject.want)
+    return max(limit, 2 * (error or 0.0)), max(gradient_limit, 2 * (gradient_error or 0.0))
+
+
+def _timed(row: ModelRow, call: Call, device: torch.device, how: How, settings: ModelSettings) -> ModelRow:
+    call.run()
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call.run()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    timed = Timed(call.run, device, graph=how.graph)
+    if how.graph and timed.graph is None:
+        return replace(row, status="failed", note="could not be captured into a CUDA graph")
+    times = timed.times(settings.seconds)
+    return replace(
         row,
         median_ms=times.median / 1e3,
         p20_ms=times.p20 / 1e3,
@@ -193,69 +236,28 @@ def _measure(
         samples=times.samples,
         images_per_second=row.batch / times.median * 1e6,
         peak_mib=peak,
-        error=error,
     )
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().float() - want).abs().max() / want.abs().max().clamp(min=1e-12))
-
-
-def _limit(row: ModelRow, model: nn.Module, images: Tensor, want: Tensor, dtype: torch.dtype) -> float:
-    """Allowed error: a constant, or twice what torch's own eager network makes where batch statistics amplify it."""
-    if row.mode == "inference" or dtype == torch.float32:
-        return TOLERANCE[dtype]
-    plain = _with(row, execution="eager", convolution="torch", merged=False)
-    naive = _runner(_prepared(model, "torch", False, row.mode), plain, images, dtype)()
-    return max(TOLERANCE[dtype], 2 * _error(naive, want))
-
-
-def _with(row: ModelRow, **changes: Any) -> ModelRow:
-    return ModelRow(**{**asdict(row), **changes})
-
-
-def _runner(network: nn.Module, row: ModelRow, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One call: a forward pass, or a whole training step; returns logits."""
-    layout = torch.channels_last if row.format == "channels_last" else torch.contiguous_format
-    images = images.contiguous(memory_format=layout)
-    network = network.to(memory_format=layout)  # type: ignore[call-overload]
-    if row.mode == "inference":
-        network, images = network.to(dtype), images.to(dtype)
-        forward = torch.compile(network, dynamic=False) if row.execution == "compile" else network
-
-        @torch.no_grad()
-        def infer() -> Tensor:
-            return forward(images)
-
-        return infer
-    return _training_step(network, row, images, dtype)
-
-
-def _training_step(network: nn.Module, row: ModelRow, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    labels = torch.arange(len(images), device=images.device) % int(network.num_classes)  # type: ignore[arg-type]
-    # A learning rate of zero leaves the weights, so that every repetition computes, and can be checked for, the same.
-    zero = {"lr": 0.0, "weight_decay": 0.0, "capturable": images.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(network.parameters(), **zero)
-    forward = torch.compile(network, dynamic=False) if row.execution == "compile" else network
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=False)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = forward(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        return logits.detach()
-
-    return step
-
-
 def to_csv(rows: Iterable[ModelRow], head: str) -> str:
-    """Rows as CSV under a comment line that says where they were measured."""
+    """Rows as CSV under a comment line that says where they were measured; time-lines are left out."""
+    names = [field.name for field in fields(ModelRow) if field.name != "timeline"]
+    return _csv(names, ({name: getattr(row, name) for name in names} for row in rows), head)
+
+
+def timelines_to_csv(rows: Iterable[ModelRow], head: str) -> str:
+    """Where the time of every row goes: one line a kernel."""
+    about = ("model", "mode", "convolution", "execution", "dtype", "format", "batch")
+    names = [*about, *(field.name for field in fields(Slice))]
+    lines = ({**{name: getattr(row, name) for name in about}, **asdict(part)} for row in rows for part in row.timeline)
+    return _csv(names, lines, head)
+
+
+def _csv(names: list[str], lines: Iterable[dict[str, Any]], head: str) -> str:
     file = io.StringIO()
     file.write(f"# {head}\n")
-    writer = csv.DictWriter(file, [field.name for field in fields(ModelRow)], lineterminator="\n")
+    writer = csv.DictWriter(file, names, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        values = asdict(row).items()
-        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values})
+    for line in lines:
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.items()})
     return file.getvalue()
