@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import lightning
 import pytest
@@ -77,6 +78,27 @@ def reference(small_config, digits_folder, tmp_path_factory):
     """A run of 24 steps that nothing interrupted."""
     folder = tmp_path_factory.mktemp("reference")
     return train(small_config(digits_folder, folder))
+
+
+class SeesCheckpointAfter(lightning.Callback):
+    """Notes which position last.ckpt holds when step `step` is done."""
+
+    def __init__(self, step: int):
+        self.step, self.position = step, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        path = Path(trainer.default_root_dir) / "checkpoints/last.ckpt"
+        if trainer.global_step == self.step and path.exists():
+            self.position = state(path)["run"]["position"]
+
+
+def test_sigterm_in_a_slurm_job_saves_and_goes_on(small_config, digits_folder, reference, tmp_path, monkeypatch):
+    """It announces the end of a preempted job, which SLURM queues again unless it ends by itself before."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    after = SeesCheckpointAfter(5)
+    train(small_config(digits_folder, tmp_path), callbacks=[SignalAt(5, signal.SIGTERM), after])
+    assert after.position == {"epoch": 0, "batch": 5, "step": 5}
+    assert_same_run(tmp_path, reference.folder)
 
 
 def test_the_last_epoch_is_scored_whatever_validate_every_is(small_config, digits_folder, tmp_path):

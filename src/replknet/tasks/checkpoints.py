@@ -72,8 +72,8 @@ class RunCheckpoints(Checkpoint):
         if step == self._last_step or batch_idx + 1 >= trainer.num_training_batches:
             return
         self._last_step = step
-        stopping = self._stop_requested(trainer)
-        if stopping or (self.every_steps and step % self.every_steps == 0):
+        stopping, saving = self._requests(trainer)
+        if stopping or saving or (self.every_steps and step % self.every_steps == 0):
             self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=batch_idx + 1)
         if stopping:
             self._stop(step)
@@ -87,7 +87,7 @@ class RunCheckpoints(Checkpoint):
         self._save(trainer, pl_module, epoch=trainer.current_epoch + 1, batch=0)
         if improved:
             _copy(self.folder / LAST, self.folder / BEST)
-        if self._stop_requested(trainer):
+        if self._requests(trainer)[0]:
             self._stop(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -103,9 +103,14 @@ class RunCheckpoints(Checkpoint):
         self._position = {"epoch": epoch, "batch": batch, "step": trainer.global_step}
         trainer.save_checkpoint(self.folder / LAST)
 
-    def _stop_requested(self, trainer: lightning.Trainer) -> bool:
-        # All processes must save together, so that one's request is everyone's.
-        return trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
+    def _requests(self, trainer: lightning.Trainer) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and to save; all save together, so one's request is everyone's."""
+        anyone = trainer.strategy.reduce_boolean_decision
+        if not anyone(self.stop.signum is not None or self.stop.save, all=False):
+            return False, False
+        stopping, saving = anyone(self.stop.signum is not None, all=False), anyone(self.stop.save, all=False)
+        self.stop.save = False
+        return stopping, saving
 
     def _stop(self, step: int) -> None:
         signum = self.stop.signum or 15

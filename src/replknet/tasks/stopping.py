@@ -30,12 +30,17 @@ class StopRequest:
     `close` puts back the handlers that were there when the object was made.
 
     Args:
-        ignored: stop signals to pass over.
+        saving: stop signals after which the state is saved and the training goes on.
+
+    Attributes:
+        signum: the signal that asks to stop, or None.
+        save: whether one of `saving` came; whoever saves sets it back.
     """
 
-    def __init__(self, ignored: Collection[int] = ()) -> None:
-        self.ignored = frozenset(ignored)
+    def __init__(self, saving: Collection[int] = ()) -> None:
+        self.saving = frozenset(saving)
         self.signum: int | None = None
+        self.save = False
         numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
         self._previous = {number: signal.getsignal(number) for number in numbers}
         self._listening = False
@@ -56,7 +61,8 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if signum in self.ignored:
+        if signum in self.saving:
+            self.save = True
             return
         self.signum = signum
         if signum == signal.SIGINT:

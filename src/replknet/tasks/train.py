@@ -253,8 +253,9 @@ def _train(
     trainer.accumulate_grad_batches = plan.accumulation
     trainer.limit_train_batches = steps * plan.accumulation
     trainer.limit_val_batches = 1.0 if data.num_val else 0
-    # SLURM sends SIGTERM with submitit's SIGUSR2 at a preemption, and alone when a user cancels the job.
-    stop = StopRequest(ignored={signal.SIGTERM} if _env.submitit_executor() else ())
+    # SLURM sends SIGTERM to a job that it preempts, and ends it when the grace time is over. A job that ends by itself
+    # before that counts as failed and is not queued again.
+    stop = StopRequest(saving={signal.SIGTERM} if _env.submitit_executor() else ())
     trainer.callbacks += _own_callbacks(config, folder, plan, identity, stop, on_stop)  # type: ignore[attr-defined]
     run_folder.prepare(folder, keep=goes_on)
     _write_description(folder, config, plan, trainer, steps)

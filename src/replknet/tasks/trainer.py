@@ -33,6 +33,8 @@ _SUPERFLUOUS_WARNINGS = (
     "Your `IterableDataset` has `__len__` defined",
     # Training without validation is a choice, too.
     "You defined a `validation_step` but have no `val_dataloader`",
+    # Login nodes have it; `replknet submit` uses it.
+    "The `srun` command is available",
     # Frozen modules are meant to be in eval mode.
     r"Found \d+ module\(s\) in eval mode",
 )
