@@ -26,6 +26,10 @@ class RepLKNetLayerDecay(DefaultOptimWrapperConstructor):
     follow `replknet.models._layer_groups`. `paramwise_cfg` takes `decay_rate` alone.
     """
 
+    def _validate_cfg(self) -> None:
+        # Here and not in add_params alone, which the base class does not call where paramwise_cfg is empty.
+        self._decay_rate()
+
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
         """Append the groups of `module`, which holds one RepLKNet.
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
@@ -34,7 +35,7 @@ class SegmentationFolder(BaseSegDataset):
     def __init__(self, data_root: str, split: str = "train", reduce_zero_label: bool = False, **options: Any):
         self.split = split
         classes, palette = read_classes(Path(data_root) / CLASS_LIST)
-        metainfo = {"classes": tuple(classes), **({"palette": palette} if palette else {})}
+        metainfo = {"classes": tuple(classes), "palette": palette or default_palette(len(classes))}
         super().__init__(data_root=data_root, metainfo=metainfo, reduce_zero_label=reduce_zero_label, **options)
 
     def load_data_list(self) -> list[dict]:
@@ -62,6 +63,13 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]]]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"{path} lists {twice[0]!r} twice")
     return names, [[int(match[i]) for i in (2, 3, 4)] for match in matches if match] if colored else []
+
+
+def default_palette(classes: int) -> list[list[int]]:
+    """Pascal VOC's colours: distinct for 256 classes, class 0 black."""
+    bits = (np.arange(classes)[:, None] >> np.arange(9)) & 1
+    channels = [sum(bits[:, 3 * i + channel] << (7 - i) for i in range(3)) for channel in range(3)]
+    return np.stack(channels, 1).tolist()
 
 
 def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:

@@ -23,7 +23,7 @@ from replknet.layers import reparameterize
 from replknet.tasks.openmmlab.checkpoint_files import read_runner_checkpoint, weights_file
 from replknet.tasks.openmmlab.configs import config_of_checkpoint
 from replknet.tasks.openmmlab.runner import Precision, autocast, load_weights
-from replknet.tasks.segmentation.folder_dataset import CLASS_LIST, read_classes
+from replknet.tasks.segmentation.folder_dataset import CLASS_LIST, default_palette, read_classes
 from replknet.tasks.segmentation.official import official_config, official_segmentor
 
 Mode = Literal["whole", "slide"]
@@ -203,13 +203,6 @@ def class_list(config: Config, weights: str | Path | None, outputs: int) -> tupl
     return [str(index) for index in range(outputs)], default_palette(outputs)
 
 
-def default_palette(classes: int) -> list[list[int]]:
-    """Pascal VOC's colours: distinct for 256 classes, class 0 black."""
-    bits = (np.arange(classes)[:, None] >> np.arange(9)) & 1
-    channels = [sum(bits[:, 3 * i + channel] << (7 - i) for i in range(3)) for channel in range(3)]
-    return np.stack(channels, 1).tolist()
-
-
 def _stored(weights: str | Path | None) -> dict[str, Any] | None:
     if weights is None:
         return None
@@ -234,7 +227,7 @@ def dataset_meta(dataset: dict[str, Any]) -> dict[str, Any] | None:
         if not path.is_file():
             return None
         classes, palette = read_classes(path)
-        return {"classes": classes, "palette": palette}
+        return {"classes": classes, "palette": palette or default_palette(len(classes))}
     with segmentation_scope():
         cls = DATASETS.get(dataset["type"])
     return dict(getattr(cls, "METAINFO", {})) or None
