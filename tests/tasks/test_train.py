@@ -101,6 +101,29 @@ def test_sigterm_in_a_slurm_job_saves_and_goes_on(small_config, digits_folder, r
     assert_same_run(tmp_path, reference.folder)
 
 
+def test_weights_and_biases_gets_one_run_that_goes_on(small_config, digits_folder, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = {"epochs": 2, "wandb": "digits", "resume": "auto"}
+    with pytest.raises(RunStoppedError):
+        train(small_config(digits_folder, tmp_path / "run", **options), callbacks=[SignalAt(3)])
+    wandb.finish()
+    sent: list[dict] = []
+    log = wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda run, data, *a, **k: (sent.append(data), log(run, data)))
+    train(small_config(digits_folder, tmp_path / "run", **options))
+    assert wandb.run.config["ema_decay"] == 0.9
+    assert wandb.run.config["hardware"]["precision"] == "fp32"
+    wandb.finish()
+    steps = [record["trainer/global_step"] for record in sent if "train/loss" in record]
+    assert steps == list(range(4, 17))
+    assert [record["trainer/global_step"] for record in sent if "val_ema/top1" in record] == [8, 16]
+    runs = [path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len(set(runs)) == 1
+
+
 def test_the_last_epoch_is_scored_whatever_validate_every_is(small_config, digits_folder, tmp_path):
     result = train(small_config(digits_folder, tmp_path / "run", validate_every=2))
     assert [record["step"] for record in scores(tmp_path / "run")] == [16, 24]

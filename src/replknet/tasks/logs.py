@@ -72,18 +72,28 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def make_loggers(folder: Path, *, wandb: str | None = None) -> list[Logger]:
-    """The run's own log, TensorBoard where it is installed, Weights & Biases where a project is named."""
+def make_loggers(folder: Path, *, wandb: str | None = None, goes_on: bool = False) -> list[Logger]:
+    """The run's own log, TensorBoard where it is installed, Weights & Biases where a project is named.
+
+    With `goes_on`, Weights & Biases continues the run that it has of this folder.
+    """
     loggers: list[Logger] = [RunLogger(folder)]
     if importlib.util.find_spec("tensorboard"):
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False))
     if wandb:
         if not importlib.util.find_spec("wandb"):
             raise UsageError(f"--wandb {wandb} needs the package wandb: pip install wandb, or leave --wandb out")
         from lightning.pytorch.loggers import WandbLogger
 
-        loggers.append(WandbLogger(project=wandb, name=folder.name, save_dir=folder))
+        run = _wandb_run(folder) if goes_on else None
+        loggers.append(WandbLogger(project=wandb, name=folder.name, save_dir=folder, version=run))
     return loggers
+
+
+def _wandb_run(folder: Path) -> str | None:
+    """The id of a folder's latest run, from the name that Weights & Biases gave its files: run-DATE-ID."""
+    latest = folder / "wandb" / "latest-run"
+    return latest.resolve().name.rpartition("-")[2] if latest.exists() else None
 
 
 class TrainingLog(lightning.Callback):

@@ -238,7 +238,7 @@ def _train(
     if not (config.overwrite or goes_on):
         run_folder.refuse_existing(folder)
     lightning.seed_everything(config.seed, verbose=False)
-    loggers = make_loggers(folder, wandb=config.wandb)
+    loggers = make_loggers(folder, wandb=config.wandb, goes_on=goes_on)
     trainer = _make_trainer(config, folder, callbacks, loggers)
     mixes = config.mixing.mixes
     plan = plan_batch(config.global_batch, trainer.world_size, max_per_device=config.max_batch_per_device, even=mixes)
@@ -259,7 +259,7 @@ def _train(
     trainer.callbacks += _own_callbacks(config, folder, plan, identity, stop, on_stop)  # type: ignore[attr-defined]
     run_folder.prepare(folder, keep=goes_on)
     _write_description(folder, config, plan, trainer, steps)
-    _start_log(loggers, position["step"])
+    _start_log(loggers, position["step"], _plain(config))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     finally:
@@ -419,10 +419,12 @@ def _write_description(
     run_folder.describe(folder, _plain(config), {"batch": derived, "hardware": hardware})
 
 
-def _start_log(loggers: Sequence[Logger], step: int) -> None:
+def _start_log(loggers: Sequence[Logger], step: int, options: dict[str, Any]) -> None:
     for logger in loggers:
         if isinstance(logger, RunLogger):
             logger.rewind(step)
+        else:
+            logger.log_hyperparams(options)
 
 
 def _result(folder: Path, trainer: lightning.Trainer, seconds: float) -> TrainResult:
