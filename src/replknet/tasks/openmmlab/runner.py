@@ -150,7 +150,10 @@ def load_weights(model: nn.Module, weights: str | Path, may_differ: tuple[str, .
     """
     contents = read_runner_checkpoint(weights)
     # With mmengine's EMA hook, `state_dict` is the averaged one and `ema_state_dict` the other.
-    report = load_checkpoint(model, contents, may_differ=may_differ, use_ema=False)
+    try:
+        report = load_checkpoint(model, contents, may_differ=may_differ, use_ema=False)
+    except RunError as error:
+        raise RunError(str(error).replace("the given state dict", str(weights), 1)) from error
     return LoadReport(**{**vars(report), "source": str(weights)})
 
 
