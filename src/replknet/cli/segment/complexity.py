@@ -22,6 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("WEIGHTS", nargs="*", type=str, help="official weights' names; all five by default", default=[])
     add("--config", type=str | None, help="a recipe or MMSegmentation config instead")
+    add("--cfg_options", nargs="*", type=str, default=[], help="changes of the config")
     add("--size", type=str | None, help="height x width; by default that of the published figures")
 
 
@@ -29,11 +30,10 @@ def run(args: Namespace) -> None:
     from replknet.tasks.openmmlab import require
 
     require("segmentation")
-    from replknet.tasks.openmmlab.configs import read_config
+    from replknet.cli.segment._options import config_from
 
-    if args.config is not None:
-        size = parse_size(args.size or "512")
-        rows = [_row(args.config, _count(read_config(args.config), size), None)]
+    if (config := config_from(args)) is not None:
+        rows = [_row(args.config, _count(config, parse_size(args.size or "512")), None)]
     else:
         rows = [_official_row(name, args.size) for name in args.WEIGHTS or _official_names()]
     print(table(("segmentor", "input", "params M", "FLOPs G", "published"), rows, left=2))

@@ -31,6 +31,7 @@ _REMARKS = (
     "The draw is False",
     "`reduce_zero_label` will be deprecated",
     "When align_corners=True, the output would more aligned",
+    "The shape of value will convert from",
 )
 """Beginnings of the forks' warnings about settings that are meant so."""
 _MODULES: dict[Task, str] = {"segmentation": "mmseg", "detection": "mmdet"}

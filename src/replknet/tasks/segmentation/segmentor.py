@@ -27,6 +27,7 @@ from replknet.tasks.segmentation.folder_dataset import CLASS_LIST, default_palet
 from replknet.tasks.segmentation.official import official_config, official_segmentor
 
 Mode = Literal["whole", "slide"]
+HEADS = ("decode_head", "auxiliary_head")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,11 @@ def build_segmentor(config: Config, mode: Mode | None = None) -> nn.Module:
     """
     if "model" not in config:
         raise UsageError("the config has no model")
+    described = inference_cfg(config.model, mode)
+    _fill_classes(described, config)
     try:
         with segmentation_scope():
-            model = MODELS.build(inference_cfg(config.model, mode))
+            model = MODELS.build(described)
     except (KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"the config's model cannot be built: {error.args[0] if error.args else error}") from error
     return revert_sync_batchnorm(model)
@@ -151,6 +154,19 @@ def inference_cfg(model: Any, mode: Mode | None = None) -> Any:
     if mode is not None:
         described["test_cfg"] = _test_cfg(described, mode)
     return described
+
+
+def _fill_classes(model: Any, config: Config) -> None:
+    """Give heads that leave their number of classes open the data set's."""
+    for name in HEADS:
+        if model.get(name) is not None and "num_classes" in model[name] and model[name]["num_classes"] is None:
+            found = _configured(config)
+            if not found:
+                raise UsageError(
+                    f"the config leaves the number of classes open and its data set is not there: set --cfg_options "
+                    f"model.{name}.num_classes"
+                )
+            model[name]["num_classes"] = len(found["classes"])
 
 
 def prepare_for_inference(model: nn.Module, *, merged: bool = True) -> nn.Module:

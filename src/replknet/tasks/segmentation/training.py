@@ -10,10 +10,9 @@ from mmengine.config import Config
 
 from replknet._errors import UsageError
 from replknet.tasks.segmentation.folder_dataset import find_pairs
-from replknet.tasks.segmentation.segmentor import dataset_meta
+from replknet.tasks.segmentation.segmentor import HEADS, dataset_meta
 
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-_HEADS = ("decode_head", "auxiliary_head")
 
 
 def use_data(config: Config, root: str | Path | None) -> None:
@@ -82,7 +81,7 @@ def _check_folders(loader: str, dataset: Any) -> None:
 
 
 def _set_classes(config: Config, classes: int, dataset: Any) -> None:
-    for name in _HEADS:
+    for name in HEADS:
         head = config.model.get(name)
         for part in head if isinstance(head, (list, tuple)) else [head]:
             if part is None:
