@@ -192,7 +192,7 @@ def test_a_config_of_other_classes_than_the_weights(weights, small_config):
     config = read_config(small_config(), {"model.decode_head.num_classes": 4})
     with pytest.raises(RunError, match=r"decode_head.conv_seg.weight is \[13, 32, 1, 1\], the model needs \[4"):
         open_segmentor(weights, config=config)
+    config = read_config(small_config())
+    config.model.data_preprocessor.pop("size")
     with pytest.raises(UsageError, match="crop size"):
-        config = read_config(small_config())
-        config.model.data_preprocessor.pop("size")
         open_segmentor(weights, config=config, mode="slide")
