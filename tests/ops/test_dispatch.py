@@ -94,6 +94,6 @@ def test_large_kernels_on_a_gpu_run_our_kernels(cuda, dtype, channels_last):
 def test_contiguous_copies_are_said(monkeypatch, dtype, channels_last, copies):
     monkeypatch.setattr(cuda, "gpu_of", lambda index: Gpu("sm_90", 132, 232448))
     given = problem(8, 128, 56, 56, 31, 31, dtype=dtype, channels_last=channels_last, device=torch.device("cuda", 0))
-    choice = _default_with_kernels(given)
+    choice = _default_with_kernels("forward", given)
     assert choice.backend == "cuda"
     assert ("contiguous copies" in choice.reason) == copies

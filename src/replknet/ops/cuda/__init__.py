@@ -69,7 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     """The convolution.
 
     Args:
-        x: `[N, C, H, W]`, contiguous or channels_last.
+        x: `[N, C, H, W]`, contiguous, channels_last or CNHW.
         weight: `[C, 1, Kh, Kw]`, contiguous.
         bias: `[C]` or None.
         activation: None or "relu".
@@ -96,13 +96,11 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     out = torch.empty(c, 1, kh, kw, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out.zero_()
-    plan = (
-        _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device))
-        if is_channels_last(x)
-        else None
-    )
+    plan = None
+    if is_channels_last(x):
+        plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device))
     if plan is not None:
-        sizes = (n, c, h, w, plan.item_images, plan.item_rows, plan.x_stride, plan.y_stride, plan.x_plane, plan.y_plane)
+        sizes = (n, c, h, w, *plan.arguments)
     else:
         if is_channels_last(x):
             x, grad_y = x.contiguous(), grad_y.contiguous()
@@ -131,8 +129,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int) -> Ten
     if not is_channels_last(x):
         _convolve_contiguous(x, weight, bias, y, flags)
     elif (plan := _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device))) is not None:
-        tile = (plan.item_images, plan.item_rows, plan.stride, plan.plane)
-        launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *tile, flags)
+        launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *plan.arguments, flags)
     else:
         copy = torch.empty_like(x, memory_format=torch.contiguous_format)
         _convolve_contiguous(x.contiguous(), weight, bias, copy, flags)

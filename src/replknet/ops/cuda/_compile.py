@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from replknet import _env
 
 _LOG = logging.getLogger(__name__)
+_IMPORT = threading.Lock()
 _MAGIC = b"replknet-kernel-1\n"
 _OPTIONS = {"std": "c++17", "minimal": True}
 
@@ -58,7 +60,9 @@ def compile_kernel(names: tuple[str, ...], expression: str, arch: str) -> Compil
 
 
 def _nvrtc(text: str, expression: str, arch: str) -> Compiled:
-    core = importlib.import_module("cuda.core")
+    # Two first imports of this package at once leave one of them with half a module.
+    with _IMPORT:
+        core = importlib.import_module("cuda.core")
     program = core.Program(text, "c++", core.ProgramOptions(arch=arch, **_OPTIONS))
     try:
         code = program.compile("cubin", name_expressions=(expression,))

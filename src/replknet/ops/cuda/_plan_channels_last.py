@@ -10,7 +10,6 @@ from replknet.ops.cuda._launch import Gpu, Launch
 from replknet.ops.cuda._plan import (
     DTYPES,
     FORWARD,
-    HEAD,
     WEIGHT_GRAD,
     Columns,
     Shape,
@@ -26,118 +25,196 @@ from replknet.ops.cuda._plan import (
 )
 
 CHANNELS_LAST = (*FORWARD, *WEIGHT_GRAD[1:], "channels_last.cu")
+# Shared memory of the barriers, three of 8 bytes a slot.
+BARRIERS = 512
+MOST_SLOTS = 16
+# Memory is read and written in pieces of so many bytes: blocks that need different parts of them keep together.
+TOGETHER = 256
+# What a set costs beside its products, in products.
+SET_OVERHEAD = 40
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Tuning parameters of both kernels.
+class ForwardTile:
+    """Tuning parameters of the forward kernel.
 
     Attributes:
         columns: how the columns are cut.
         images: images of a tile (8, 4, 2 or 1); its other lanes are rows.
-        tiles: row tiles of a warp (forward), or kernel row pairs of a warp (weight gradient).
-        groups: groups of `images` of an item.
-        rows: output rows of an item.
-        producers, stages, blocks: producer warps, stages of pixels, blocks a multiprocessor.
+        tiles: row tiles of a set; the rows of a set are a slot of the ring.
+        groups: groups of 8 channels of a block.
+        channels: channels of a block: 8 a group, or fewer where the tables of 8 do not fit.
+        loaders, storers: warps that read and write pixels.
+        blocks: blocks a multiprocessor.
+        slots: slots of the ring.
     """
 
     columns: Columns
     images: int
     tiles: int
     groups: int
-    rows: int
-    producers: int
-    stages: int
+    channels: int
+    loaders: int
+    storers: int
     blocks: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where things lie in the ring, in bytes: between images, planes of channels, groups of 8, and bfloat16 planes."""
+
+    stride: int
+    plane: int
+    group: int
+    set: int
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """A launch of the forward kernel and its tile arguments."""
+    """A launch of the forward kernel and its tile arguments, in the order of the kernel's parameters."""
 
     launch: Launch
-    item_images: int
     item_rows: int
-    stride: int
-    plane: int
+    channels: int
+    share: int
+    slots: int
+    halo: int
+    ring: Ring
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        ring = self.ring
+        return (
+            self.item_rows, self.channels, self.share, self.slots, self.halo,
+            ring.stride, ring.plane, ring.group, ring.set,
+        )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class WeightGradPlan:
-    """A launch of the weight-gradient kernel, its tile arguments, and the number of partial sums to add."""
-
-    launch: Launch
-    item_images: int
-    item_rows: int
-    x_stride: int
-    y_stride: int
-    x_plane: int
-    y_plane: int
-    splits: int
-
-
-def forward_plan(shape: Shape, gpu: Gpu, tile: Tile | None = None) -> ForwardPlan:
+def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> ForwardPlan:
     """The launch for one forward convolution or input gradient.
 
     Raises:
-        NotImplementedError: float32, or no tile fits the GPU's shared memory.
+        NotImplementedError: no tile fits the GPU's shared memory.
     """
-    tile = tile or _first_that_fits(_forward_tiles(shape, gpu), _forward_shared, shape, gpu)
-    stride, plane = _planes(shape, tile, _window(shape, tile.rows), tile.columns.inputs)
-    columns = tile.columns
+    tile = tile or default_forward_tile(shape, gpu)
+    columns, rows = tile.columns, set_rows(tile)
     template = (
-        DTYPES[shape.dtype], shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
-        tile.images, tile.tiles, _copy_width(shape), tile.producers, tile.stages, tile.blocks,
+        DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
+        tile.images, tile.tiles, tile.groups, _copy_width(shape, tile.channels),
+        tile.loaders, tile.storers, tile.blocks,
     )  # fmt: skip
-    channel_blocks, slots = math.ceil(shape.c / 8), gpu.multiprocessors * tile.blocks
-    items = channel_blocks * _items(shape, tile)
-    # Blocks that walk the images together, each with its own channels, share the sectors in which several channel
-    # blocks lie: without that, memory traffic is up to four times as high.
-    grid = min(items, slots // channel_blocks * channel_blocks or slots)
+    channel_blocks, share = math.ceil(shape.c / tile.channels), _share(shape, tile.channels)
+    pieces = channel_blocks * math.ceil(shape.n / tile.images) * columns.tiles
+    slots = gpu.multiprocessors * tile.blocks
+    # Few images: their rows are shared out too.
+    cuts = 1 if pieces >= slots else min(math.ceil(shape.h / rows), slots // pieces)
+    item_rows = round_up(math.ceil(shape.h / cuts), rows)
+    runs = min(slots // share, pieces // share * math.ceil(shape.h / item_rows))
     launch = Launch(
         CHANNELS_LAST,
         f"forward_nhwc<{', '.join(map(str, template))}>",
-        (grid, 1, 1),
-        (8 + tile.producers) * 32,
+        (runs * share, 1, 1),
+        (8 + tile.loaders + tile.storers) * 32,
         _forward_shared(shape, tile),
     )
-    return ForwardPlan(launch, tile.images * tile.groups, tile.rows, stride, plane)
+    halo = halo_slots(shape, tile) if shape.h > rows else 0
+    return ForwardPlan(launch, item_rows, tile.channels, share, tile.slots, halo, _ring(shape, tile))
 
 
-def weight_grad_plan(shape: Shape, gpu: Gpu, tile: Tile | None = None) -> WeightGradPlan:
-    """The launch for one weight gradient.
+def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
+    """The tile with the least estimated work that fits.
 
     Raises:
-        NotImplementedError: float32, or no tile fits the GPU's shared memory.
+        NotImplementedError: no tile fits the GPU's shared memory.
     """
-    tile = tile or _first_that_fits(_weight_grad_tiles(shape), _weight_grad_shared, shape, gpu)
-    x_stride, x_plane = _planes(shape, tile, _pair_window(shape, tile), tile.columns.inputs)
-    y_stride, y_plane = _planes(shape, tile, tile.rows, tile.columns.outputs)
+    best, least = None, math.inf
+    for tile in _forward_tiles(shape, gpu):
+        if (work := _forward_work(shape, tile)) < least:
+            best, least = tile, work
+    if best is None:
+        raise NotImplementedError(too_large(shape, gpu))
+    return best
+
+
+def set_rows(tile: ForwardTile) -> int:
+    """Output rows of a set, which are the rows of a slot."""
+    return 16 // tile.images * tile.tiles
+
+
+def halo_slots(shape: Shape, tile: ForwardTile) -> int:
+    """Slots above and below a set that its kernel rows reach; the pair of an odd last row included."""
+    return math.ceil((shape.kh // 2 + 1) / set_rows(tile))
+
+
+def _forward_tiles(shape: Shape, gpu: Gpu) -> Iterator[ForwardTile]:
+    for columns in _column_cuts(shape):
+        for images in sorted(_image_counts(shape), key=(4, 2, 8, 1).index):
+            lanes = 16 // images
+            whole = math.ceil(shape.h / lanes)
+            # More than four tiles only where they are two rows apart and share their fragments.
+            in_one = whole * columns.outputs <= 28 and (whole <= 4 or images == 8)
+            for tiles in sorted({1, min(whole, 2), whole if in_one else 1}, reverse=True):
+                for groups, channels in ((2, 16), (1, 8), (1, 4), (1, 2), (1, 1)):
+                    loaders, storers = _movers(columns, tiles)
+                    tile = ForwardTile(columns, images, tiles, groups, channels, loaders, storers, 1, 1)
+                    least = 1 if tiles == whole else 2 + 2 * halo_slots(shape, tile)
+                    wanted = 3 if tiles == whole else 2 * least
+                    fits = [
+                        slots
+                        for slots in range(least, min(wanted, MOST_SLOTS) + 1)
+                        if _forward_shared(shape, replace(tile, slots=slots)) <= budget(gpu, tile.blocks)
+                    ]
+                    if fits and (groups == 1 or shape.c > 8):
+                        yield replace(tile, slots=fits[-1])
+                        break
+
+
+def _movers(columns: Columns, tiles: int) -> tuple[int, int]:
+    """Loaders and storers: with four each a thread has 128 registers, with two each 168."""
+    return (2, 2) if columns.outputs > 2 and tiles * columns.outputs >= 14 else (4, 4)
+
+
+def _forward_work(shape: Shape, tile: ForwardTile) -> float:
+    """Estimated time of an image and channel, in products of one column block."""
+    columns, lanes, p = tile.columns, 16 // tile.images, shape.kh // 2
+    steps, padded = 0, (shape.kh + 1) & ~1
+    for top in range(0, shape.h, lanes):
+        first, last = max(0, p - top - lanes) & ~1, min(padded, shape.h - top + p)
+        steps += math.ceil((last - first) / 2)
+    low, high = deltas(shape.kw, columns)
+    products = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
+    # A single tile loads its operands for itself; with less than two slots to spare the warps wait for one another.
+    loads = 1.0 if tile.tiles > 1 else 1.25
+    spare = tile.slots - (1 + 2 * halo_slots(shape, tile) if shape.h > set_rows(tile) else 1)
+    tight = 1.6 if spare < 1 else 1.15 if spare < 2 and shape.h > set_rows(tile) else 1.0
+    # What moving 8 columns in and out costs, measured in products.
+    moved = 8 * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) / (1 if tile.groups == 2 else 0.6)
+    images = math.ceil(shape.n / tile.images) * tile.images / shape.n
+    idle = 8 * tile.groups / tile.channels
+    work = steps * products * loads * tight + SET_OVERHEAD * math.ceil(shape.h / set_rows(tile))
+    return columns.tiles * images / tile.images * max(work * idle, moved)
+
+
+def _ring(shape: Shape, tile: ForwardTile) -> Ring:
+    _, stride = image_stride(tile.slots * set_rows(tile), tile.columns.inputs, tile.images)
+    # Two planes whose words a warp writes at once lie 64 bytes apart modulo the banks, two groups 32.
+    plane = round_up(stride * tile.images - 64, 128) + 64
+    group = round_up(min(8, tile.channels) * plane, 128) + (32 if tile.groups == 2 else 0)
+    return Ring(stride, plane, group, round_up(tile.groups * group, 128))
+
+
+def _forward_shared(shape: Shape, tile: ForwardTile) -> int:
     columns = tile.columns
-    template = (
-        DTYPES[shape.dtype], shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
-        tile.images, tile.tiles, 2 if tile.images == 8 else 1, _copy_width(shape),
-        tile.producers, tile.stages, tile.blocks,
-    )  # fmt: skip
-    channel_blocks, row_groups = math.ceil(shape.c / 8), math.ceil((shape.kh + 1) // 2 / tile.tiles)
-    splits = splits_of(channel_blocks * row_groups, _items(shape, tile), gpu.multiprocessors * tile.blocks)
-    launch = Launch(
-        CHANNELS_LAST,
-        f"weight_grad_nhwc<{', '.join(map(str, template))}>",
-        (channel_blocks, splits, row_groups),
-        (8 + tile.producers) * 32,
-        _weight_grad_shared(shape, tile),
-    )
-    return WeightGradPlan(launch, tile.images * tile.groups, tile.rows, x_stride, y_stride, x_plane, y_plane, splits)
+    tables = tile.channels * table_bytes(shape.kh, shape.kw, columns, shape.planes)
+    return BARRIERS + round_up(columns.inputs * 16, 128) + tables + shape.planes * _ring(shape, tile).set
 
 
-def _first_that_fits(tiles: Iterator[Tile], shared, shape: Shape, gpu: Gpu) -> Tile:
-    if shape.dtype == torch.float32:
-        raise NotImplementedError("float32 has no channels_last kernel")
-    for tile in tiles:
-        if shared(shape, tile) <= budget(gpu, tile.blocks):
-            return tile
-    raise NotImplementedError(too_large(shape, gpu))
+def _share(shape: Shape, channels: int) -> int:
+    """Blocks side by side that walk the same pixels: as many as have channels in the same bytes of memory."""
+    share = max(1, TOGETHER // (channels * (4 if shape.dtype == torch.float32 else 2)))
+    blocks = math.ceil(shape.c / channels)
+    return max(size for size in range(1, share + 1) if blocks % size == 0)
 
 
 def _column_cuts(shape: Shape) -> Iterator[Columns]:
@@ -154,82 +231,172 @@ def _image_counts(shape: Shape) -> list[int]:
     return [size for size in (8, 4, 2, 1) if size <= most]
 
 
-def _forward_tiles(shape: Shape, gpu: Gpu) -> Iterator[Tile]:
-    for columns in _column_cuts(shape):
-        most_tiles = min(7, 32 // columns.outputs)
-        producers, small = 2 if columns.outputs > 6 else 4, columns.inputs == 1
-        for images in _image_counts(shape):
-            lanes = 16 // images
-            if lanes * most_tiles < shape.h:
-                continue
-            for groups in (4, 2, 1) if columns.inputs <= 2 else (1,):
-                blocks = 2 if small else 1
-                enough = math.ceil(shape.n / (images * groups)) * math.ceil(shape.c / 8) >= gpu.multiprocessors * blocks
-                if groups == 1 or enough:
-                    tile = Tile(columns, images, math.ceil(shape.h / lanes), groups, shape.h, producers, 2, blocks)
-                    yield tile
-                    yield replace(tile, stages=1, blocks=1)
-        for tiles in range(most_tiles, 0, -1):
-            yield Tile(columns, 1, tiles, 1, min(shape.h, 16 * tiles), producers, 1, 1)
+def _copy_width(shape: Shape, channels: int) -> int:
+    """Bytes read and written at once: as many as the alignment and the channels of a block allow."""
+    size = 4 if shape.dtype == torch.float32 else 2
+    return max(size, min(16, shape.align, channels * size))
 
 
-def _weight_grad_tiles(shape: Shape) -> Iterator[Tile]:
+@dataclass(frozen=True)
+class WeightGradTile:
+    """Tuning parameters of the weight-gradient kernel.
+
+    Attributes:
+        columns, images, blocks: as in `ForwardTile`.
+        pairs: kernel row pairs of a warp.
+        shared: output rows that share rows of x.
+        warps: warps that share the kernel row pairs of a channel; a block has 8 / warps channels.
+        rows: rows of a slot.
+        loaders: warps that read pixels.
+        x_slots, y_slots: slots of the rings.
+    """
+
+    columns: Columns
+    images: int
+    pairs: int
+    shared: int
+    warps: int
+    rows: int
+    loaders: int
+    blocks: int
+    x_slots: int
+    y_slots: int
+
+
+@dataclass(frozen=True)
+class WeightGradPlan:
+    """A launch of the weight-gradient kernel, its tile arguments, and the number of partial sums to add."""
+
+    launch: Launch
+    item_rows: int
+    halo: int
+    x_slots: int
+    x_ring: Ring
+    y_slots: int
+    y_ring: Ring
+    splits: int
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        x, y = self.x_ring, self.y_ring
+        return (
+            self.item_rows, self.halo, self.x_slots, x.stride, x.plane, x.set, self.y_slots, y.stride, y.plane, y.set,
+        )  # fmt: skip
+
+
+def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None) -> WeightGradPlan:
+    """The launch for one weight gradient.
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    tile = tile or default_weight_grad_tile(shape, gpu)
+    columns, channels = tile.columns, 8 // tile.warps
+    template = (
+        DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
+        tile.images, tile.pairs, tile.shared, tile.warps, tile.rows, _copy_width(shape, channels),
+        tile.loaders, tile.blocks,
+    )  # fmt: skip
+    channel_blocks = math.ceil(shape.c / channels)
+    row_groups = math.ceil((shape.kh + 1) // 2 / (tile.pairs * tile.warps))
+    slots, pieces = gpu.multiprocessors * tile.blocks, math.ceil(shape.n / tile.images) * columns.tiles
+    wanted = math.ceil(slots / (channel_blocks * row_groups * pieces))
+    cuts = min(wanted, math.ceil(shape.h / tile.rows))
+    item_rows = round_up(math.ceil(shape.h / cuts), tile.rows)
+    splits = splits_of(channel_blocks * row_groups, pieces * math.ceil(shape.h / item_rows), slots)
+    launch = Launch(
+        CHANNELS_LAST,
+        f"weight_grad_nhwc<{', '.join(map(str, template))}>",
+        (channel_blocks, splits, row_groups),
+        (8 + tile.loaders) * 32,
+        _weight_grad_shared(shape, tile),
+    )
+    halo, rings = _weight_grad_halo(shape, tile), _weight_grad_rings(shape, tile)
+    return WeightGradPlan(launch, item_rows, halo, tile.x_slots, rings[0], tile.y_slots, rings[1], splits)
+
+
+def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
+    """The tile that reads the images least often and fits.
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    best, least = None, math.inf
+    for tile in _weight_grad_tiles(shape, gpu):
+        if (work := _weight_grad_work(shape, tile)) < least:
+            best, least = tile, work
+    if best is None:
+        raise NotImplementedError(too_large(shape, gpu))
+    return best
+
+
+def _weight_grad_tiles(shape: Shape, gpu: Gpu) -> Iterator[WeightGradTile]:
+    all_pairs = (shape.kh + 1) // 2
     for columns in _column_cuts(shape):
         low, high = deltas(shape.kw, columns)
-        pairs = min((shape.kh + 1) // 2, max(1, 21 // (high - low + 1)), 7)
-        for images in _image_counts(shape):
-            for groups in (4, 2, 1) if columns.inputs == 1 else (1,):
-                if images * groups <= max(images, shape.n):
-                    tile = Tile(columns, images, pairs, groups, shape.h, 4, 2, 1)
-                    yield tile
-                    yield replace(tile, stages=1)
-        rows = shape.h
-        while rows > 16:
-            rows = round_up(rows // 2, 16)
-            yield Tile(columns, 1, pairs, 1, rows, 4, 1, 1)
+        most = max(1, 28 // (high - low + 1))
+        for warps in (1, 2, 4):
+            rounds = math.ceil(all_pairs / (most * warps))
+            pairs = math.ceil(all_pairs / (rounds * warps))
+            loaders = 4
+            for images in sorted(_image_counts(shape), key=(8, 4, 2, 1).index if shape.kh > 9 else (4, 2, 8, 1).index):
+                lanes = 16 // images
+                shared = 2 if images == 8 else 1
+                step = lanes * shared
+                many = round_up(min(shape.h, 16), step)
+                # Small kernels are bound by loading: small slots let it run ahead.
+                for rows in dict.fromkeys((many, step) if shape.kh > 9 else (step, many)):
+                    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, loaders, 1, 1, 1)
+                    halo = _weight_grad_halo(shape, tile)
+                    if rows > shape.h + step or (halo and (2 * halo + 2) * rows < 2 * pairs + 2):
+                        continue
+                    fits = [
+                        one
+                        for x_slots, y_slots in ((1 + 2 * halo, 1), (2 + 2 * halo, 2), (4 + 2 * halo, 3))
+                        if x_slots + y_slots <= 2 * MOST_SLOTS - 1
+                        and _weight_grad_shared(shape, one := replace(tile, x_slots=x_slots, y_slots=y_slots))
+                        <= budget(gpu, 1)
+                    ]
+                    if fits and (fits[-1].x_slots > 2 * halo + 1 or not halo):
+                        yield fits[-1]
 
 
-def _items(shape: Shape, tile: Tile) -> int:
-    return math.ceil(shape.n / (tile.images * tile.groups)) * math.ceil(shape.h / tile.rows) * tile.columns.tiles
-
-
-def _copy_width(shape: Shape) -> int:
-    return max(2, min(16, shape.align))
-
-
-def _window(shape: Shape, rows: int) -> int:
-    return min(shape.h, rows + 2 * (shape.kh // 2))
-
-
-def _pair_window(shape: Shape, tile: Tile) -> int:
-    return min(shape.h, tile.rows + min(shape.kh, 2 * tile.tiles) - 1)
-
-
-def _planes(shape: Shape, tile: Tile, rows: int, blocks: int) -> tuple[int, int]:
-    """Bytes between images and between the planes of two channels, the latter 16 modulo 128."""
-    _, stride = image_stride(rows, blocks, tile.images)
-    slots = stride * tile.images * tile.groups // 16
-    return stride, (slots + (1 - slots) % 8) * 16
-
-
-def _pixels(tile: Tile, rows: int, blocks: int) -> int:
-    return tile.images * tile.groups * rows * blocks * 8 * 16
-
-
-def _forward_shared(shape: Shape, tile: Tile) -> int:
-    columns, window = tile.columns, _window(shape, tile.rows)
-    _, plane = _planes(shape, tile, window, columns.inputs)
-    tables = 8 * table_bytes(shape.kh, shape.kw, columns, 1)
-    fixed = HEAD + round_up(columns.inputs * 16, 128) + tables + round_up(8 * plane, 128)
-    return fixed + tile.stages * _pixels(tile, window, columns.inputs)
-
-
-def _weight_grad_shared(shape: Shape, tile: Tile) -> int:
-    columns, window = tile.columns, _pair_window(shape, tile)
-    _, x_plane = _planes(shape, tile, window, columns.inputs)
-    _, y_plane = _planes(shape, tile, tile.rows, columns.outputs)
+def _weight_grad_work(shape: Shape, tile: WeightGradTile) -> float:
+    """Estimated time of an image and channel, in products of one column block."""
+    columns, p, all_pairs = tile.columns, shape.kh // 2, (shape.kh + 1) // 2
+    lanes, rounds = 16 // tile.images, math.ceil(all_pairs / (tile.pairs * tile.warps))
     low, high = deltas(shape.kw, columns)
-    stage = _pixels(tile, window, columns.inputs) + _pixels(tile, tile.rows, columns.outputs)
-    work = round_up(8 * x_plane, 128) + round_up(8 * y_plane + 128, 128) + tile.stages * stage
-    reduction = 8 * ((high - low + 1) * 64 + 2 * tile.tiles * shape.kw) * 4
-    return HEAD + round_up(max(columns.inputs, columns.outputs + 1) * 16, 128) + max(work, reduction)
+    products = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
+    steps = 0
+    for top in range(0, shape.h, lanes):
+        steps += min(all_pairs, math.ceil((min(2 * all_pairs, shape.h - top + p) - max(0, p - top - lanes)) / 2))
+    idle = rounds * tile.pairs * tile.warps / all_pairs
+    moved = (
+        12 * rounds * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) * (1 if tile.warps == 1 else 1.6)
+    )
+    images = math.ceil(shape.n / tile.images) * tile.images / shape.n
+    tight = 1.3 if tile.y_slots == 1 else 1.0
+    return columns.tiles * images / tile.images * max(steps * products * idle * tight, moved)
+
+
+def _weight_grad_halo(shape: Shape, tile: WeightGradTile) -> int:
+    return 0 if shape.h <= tile.rows else math.ceil((shape.kh // 2 + 1) / tile.rows)
+
+
+def _weight_grad_rings(shape: Shape, tile: WeightGradTile) -> tuple[Ring, Ring]:
+    rings = []
+    for slots, blocks in ((tile.x_slots, tile.columns.inputs), (tile.y_slots, tile.columns.outputs)):
+        _, stride = image_stride(slots * tile.rows, blocks, tile.images)
+        plane = round_up(stride * tile.images - 64, 128) + 64
+        rings.append(Ring(stride, plane, 0, round_up(8 // tile.warps * plane, 128)))
+    return rings[0], rings[1]
+
+
+def _weight_grad_shared(shape: Shape, tile: WeightGradTile) -> int:
+    columns = tile.columns
+    x_ring, y_ring = _weight_grad_rings(shape, tile)
+    low, high = deltas(shape.kw, columns)
+    # The fragments of two column blocks of dy are loaded at once: the last may reach 16 bytes past the ring.
+    rings = shape.planes * (x_ring.set + y_ring.set) + 128
+    reduction = 8 * ((high - low + 1) * 64 + 2 * tile.pairs * shape.kw + 1) * 4
+    return BARRIERS + round_up(max(columns.inputs, columns.outputs + 1) * 16, 128) + max(rings, reduction)

@@ -1,247 +1,451 @@
-// The same convolutions on channels_last tensors, 16-bit types.
+// The same convolutions on channels_last tensors.
 //
-// A block works on 8 neighbouring channels, which are 16 bytes of every pixel. Producer warps copy pixels as they are; the 8
-// consumer warps turn them into 8 planes in shared memory (ldmatrix.trans), then each convolves one plane, writes its result over
-// it, and together they turn the planes back and store pixels.
+// A block works on G groups of 8 neighbouring channels. Loader warps read pixels (16 bytes of each, 32 with two groups), turn
+// them into a plane a channel (movmatrix), and put the rows into a ring in shared memory. Consumer warp k convolves channel k of
+// every group and writes its results over rows that it no longer needs; storer warps turn these back into pixels. Nobody waits
+// for anybody but through the barriers of the ring's slots.
+//
+// A slot holds SR rows (those of a set of row tiles) of NI images. The stream of slots of an item (images n0 .., columns col0 ..,
+// rows row0 .. row1) is its input rows from row0 - lead SR on; its output rows j SR .. go to the slot that holds the input rows
+// LEAD slots above, which set j was the last to need. Slots without output (the last ones) or without input (above the image)
+// pass through all the same.
 
-// Pixels and planes of images in shared memory. A stage of pixels holds rows of 8 CB pixels of 16 bytes without gaps.
-template <int CB, int PITCH, int V, int PROD> struct Pixels {
-  static constexpr int ROW = CB * 8;
+// One 8x8 block of 16-bit values from rows to columns: thread (g, q) gives row g, columns 2q, 2q + 1.
+__device__ __forceinline__ u32 transpose(u32 v) {
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
 
-  static __device__ __forceinline__ void load(u32 to, const u16* x, int images, int row0, int n_rows, int left, int H, int W, int C, int c0, int tid) {
-    const int lane = tid & 31, warp = tid >> 5;
-    const bool many = images >= PROD;
-    for (int im = many ? warp : 0; im < images; im += many ? PROD : 1) {
-      const u16* g = x + ((i64)im * H + row0) * W * C + (i64)left * C + c0;
-      const u32 s = to + im * n_rows * ROW * 16;
-#pragma unroll 4
-      for (int e = lane + (many ? 0 : warp * 32); e < n_rows * ROW * (16 / V); e += 32 * (many ? 1 : PROD)) {
-        const int part = e % (16 / V), pixel = e / (16 / V), r = pixel / ROW, col = pixel % ROW;
-        const bool ok = (unsigned)(left + col) < (unsigned)W && c0 + part * (V / 2) < C;
-        const u16* from = ok ? g + (i64)(r * W + col) * C + part * (V / 2) : x;
-        if constexpr (V > 2) copy_async<V>(s + e * V, from, ok);
-        else sts16(s + e * 2, ok ? __ldg(from) : (u16)0);
+// 16 bytes that nobody reads again.
+__device__ __forceinline__ uint4 ldg_once(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+
+// Eight channels of one pixel in global memory, V bytes at a time; of channels from `limit` on nothing is read or written.
+template <int DT, int V> struct Pixel {
+  static constexpr int SIZE = DT == F32 ? 4 : 2, PER = V / SIZE, WORDS = 2 * SIZE;
+  static __device__ __forceinline__ void load(u32 (&v)[WORDS], const u8* p, int limit) {
+#pragma unroll
+    for (int i = 0; i < 8 / PER; i++) {
+      const bool ok = i * PER < limit;
+      const u8* at = p + i * V;
+      if constexpr (V == 16) {
+        uint4 t = make_uint4(0, 0, 0, 0);
+        if (ok) t = ldg_once(at);
+        v[4 * i] = t.x, v[4 * i + 1] = t.y, v[4 * i + 2] = t.z, v[4 * i + 3] = t.w;
+      } else if constexpr (V == 8) {
+        uint2 t = ok ? __ldg((const uint2*)at) : make_uint2(0, 0);
+        v[2 * i] = t.x, v[2 * i + 1] = t.y;
+      } else if constexpr (V == 4) {
+        v[i] = ok ? __ldg((const u32*)at) : 0;
+      } else {
+        const u32 t = ok ? __ldg((const u16*)at) : 0;
+        v[i / 2] = i & 1 ? v[i / 2] | t << 16 : t;
       }
     }
   }
-  // Address of 8 pixels in the plane of channel 0.
-  static __device__ __forceinline__ u32 block(u32 planes, int b) { return planes + b / CB * PITCH + b % CB * 16; }
-
-  // Pixels of one image to 8 planes; warp of 8.
-  static __device__ __forceinline__ void to_planes(u32 planes, u32 pixels, int n_rows, int plane, int warp, int lane) {
-    const int blocks = n_rows * CB;
-    for (int b = warp * 4; b < blocks; b += 32) {
-      u32 r[4];
-      // Past the last block: any address of the stage, its values are dropped.
-      ldsm4t(r, pixels + (b * 8 + lane < blocks * 8 ? b * 8 + lane : 0) * 16);
-      const u32 to = (lane >> 2) * plane + (lane & 3) * 4;
+  static __device__ __forceinline__ void store(u8* p, const u32 (&v)[WORDS], int limit) {
 #pragma unroll
-      for (int k = 0; k < 4; k++)
-        if (b + k < blocks) sts32(block(planes, b + k) + to, r[k]);
+    for (int i = 0; i < 8 / PER; i++) {
+      if (i * PER >= limit) continue;
+      u8* at = p + i * V;
+      if constexpr (V == 16) *(uint4*)at = make_uint4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+      else if constexpr (V == 8) *(uint2*)at = make_uint2(v[2 * i], v[2 * i + 1]);
+      else if constexpr (V == 4) *(u32*)at = v[i];
+      else *(u16*)at = (u16)(v[i / 2] >> 16 * (i & 1));
     }
   }
-  // 8 planes of one image to pixels in global memory.
-  static __device__ __forceinline__ void from_planes(u16* y, u32 planes, int n_rows, int cols, int W, int C, int c0, int plane, int warp, int lane) {
-    const int blocks = n_rows * CB, channel = c0 + 2 * (lane & 3);
-    const bool wide = (C & 1) == 0;
-    for (int b = warp * 4; b < blocks; b += 32) {
-      const int mine = b + (lane >> 3);
-      u32 r[4];
-      ldsm4t(r, block(planes, mine < blocks ? mine : 0) + (lane & 7) * plane);
+};
+
+// Where things lie in the ring: bytes between the planes of channels, of groups, and of the bfloat16 planes of float32 (sets),
+// and between images. Channels of a group from `channels` on have no plane.
+struct RingLayout { u32 base; int channels, stride, plane, group, set; };
+
+// Rows of pixels to planes and back. A line is a row of one image; a warp moves four units (8 pixels of 8 channels of a group) at
+// once, CHUNKS times a line, or LINES short lines together. Thread (r, q) has pixel r of unit q in global memory, and thread
+// (2 q + b, s) pixels 2 s and 2 s + 1 of channels b, b + 2, .. of unit q in shared memory. A warp has up to DEPTH units of 16-bit
+// values, of its share among WARPS of a slot of SR rows, on their way at once.
+template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int WARPS, int DEPTH> struct Units {
+  using P = Pixel<DT, V>;
+  static constexpr int LINE = CB * G, LINES = LINE > 2 ? 1 : 4 / LINE, CHUNKS = cdiv(LINE, 4);
+  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI, LINES * WARPS), DEPTH / (DT == F32 ? 2 * CHUNKS : CHUNKS)));
+  static constexpr int PIXELS = 32 / G;  // from a chunk to the next, in columns
+  // Unit q of the first chunk, its line among LINES, its column block and group.
+  struct Lane {
+    int line, block, group;
+    __device__ __forceinline__ Lane(int q) : line(LINES > 1 ? q / LINE : 0), block((LINES > 1 ? q % LINE : q) / G), group(q % G) {}
+    __device__ __forceinline__ bool in(int chunk) const { return LINES > 1 || block + chunk * (4 / G) < CB; }
+  };
+  static __device__ __forceinline__ u32 word(const RingLayout& ring, const Lane& u, int lane) {
+    return ring.base + u.group * ring.group + ((lane >> 2) & 1) * ring.plane + u.block * 16 + (lane & 3) * 4;
+  }
+  // Pixels of rows 0 .. rows - 1 from x on (the first pixel of the first image at column 0) into ring rows slot_row .. .
+  // wait(): called once before the first value is written.
+  template <class Wait> static __device__ __forceinline__ void load(const RingLayout& ring, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C, int limit,
+                                                                    int warp, int lane, Wait wait) {
+    const Lane from(lane & 3), to(lane >> 3);
+    const int lines = rows * NI, col = left + from.block * 8 + (lane >> 2), mine = limit - from.group * 8, b = lane >> 2 & 1;
+    const i64 pixel = (i64)C * P::SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
+    const u32 target = word(ring, to, lane) + slot_row * PITCH;
+    x += col * pixel + from.group * 8 * P::SIZE;
+    bool waited = false;
+    for (int l0 = warp * LINES; l0 < lines; l0 += WARPS * LINES * BATCH) {
+      u32 v[BATCH][CHUNKS][P::WORDS];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int row = (b + k) / CB, col = (b + k) % CB * 8 + (lane >> 2);
-        u16* to = y + (i64)(row * W + col) * C + channel;
-        if (row < n_rows && col < cols && channel < C) {
-          if (wide) *(u32*)to = r[k];
-          else {
-            to[0] = (u16)r[k];
-            if (channel + 1 < C) to[1] = (u16)(r[k] >> 16);
+      for (int k = 0; k < BATCH; k++) {
+        const int l = l0 + k * WARPS * LINES + from.line, image = l % NI;
+        const bool ok = l < lines && image < images;
+        const u8* at = x + image * image_bytes + l / NI * row_bytes;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+          P::load(v[k][c], at + c * PIXELS * pixel, ok && from.in(c) && (unsigned)(col + c * PIXELS) < (unsigned)W ? mine : 0);
+      }
+      if (!waited) wait();
+      waited = true;
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        const int l = l0 + k * WARPS * LINES + to.line;
+        const u32 at = target + l % NI * ring.stride + l / NI * PITCH;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+          for (int p = 0; p < NP; p++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              u32 w;
+              if constexpr (DT == F32) {
+                float lo = __uint_as_float(v[k][c][2 * i]), hi = __uint_as_float(v[k][c][2 * i + 1]);
+                w = transpose(peel(lo, hi));
+                v[k][c][2 * i] = __float_as_uint(lo), v[k][c][2 * i + 1] = __float_as_uint(hi);
+              } else
+                w = transpose(v[k][c][i]);
+              if (l < lines && to.in(c) && 2 * i + b < ring.channels) sts32(at + c * PIXELS * 2 + p * ring.set + 2 * i * ring.plane, w);
+            }
+      }
+    }
+    if (!waited) wait();
+  }
+  // Ring rows slot_row .. back to pixels. float32 lies in the first two sets: its upper and its lower 16 bits.
+  static __device__ __forceinline__ void store(const RingLayout& ring, int slot_row, u8* y, int images, int rows, int columns, int H, int W, int C, int limit, int warp,
+                                               int lane) {
+    const Lane from(lane >> 3), to(lane & 3);
+    const int lines = rows * NI, col = to.block * 8 + (lane >> 2), mine = limit - to.group * 8, b = lane >> 2 & 1;
+    const i64 pixel = (i64)C * P::SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
+    const u32 source = word(ring, from, lane) + slot_row * PITCH;
+    y += col * pixel + to.group * 8 * P::SIZE;
+    for (int l0 = warp * LINES; l0 < lines; l0 += WARPS * LINES * BATCH) {
+      u32 v[BATCH][CHUNKS][P::WORDS];
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        const int l = min(l0 + k * WARPS * LINES + from.line, lines - 1);
+        const u32 at = source + l % NI * ring.stride + l / NI * PITCH;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const bool there = from.in(c) && 2 * i + b < ring.channels;
+            const u32 word = at + c * PIXELS * 2 + 2 * i * ring.plane;
+            v[k][c][i] = there ? lds32(word) : 0;
+            if constexpr (DT == F32) v[k][c][4 + i] = there ? lds32(word + ring.set) : 0;
           }
+      }
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        const int l = l0 + k * WARPS * LINES + to.line, image = l % NI;
+        const bool ok = l < lines && image < images;
+        u8* at = y + image * image_bytes + l / NI * row_bytes;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+          u32 out[P::WORDS];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const u32 w = transpose(v[k][c][i]);
+            if constexpr (DT == F32) {
+              const u32 low = transpose(v[k][c][4 + i]);
+              out[2 * i] = w << 16 | (low & 0xffff), out[2 * i + 1] = (w & 0xffff0000u) | low >> 16;
+            } else
+              out[i] = w;
+          }
+          if (ok && to.in(c) && col + c * PIXELS < columns) P::store(at + c * PIXELS * pixel, out, mine);
         }
       }
     }
   }
 };
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// Pieces of the images in order (group of images, column tile, row range).
+struct NhwcPieces {
+  int n_rows, n_cols, item_rows, images, columns, H, SR, lead;
+  i64 count;
+  __device__ NhwcPieces(int N, int H, int W, int images, int columns, int item_rows, int SR, int lead)
+      : n_rows(cdiv(H, item_rows)), n_cols(cdiv(W, columns)), item_rows(item_rows), images(images), columns(columns), H(H), SR(SR), lead(lead) {
+    count = (i64)cdiv(N, images) * n_rows * n_cols;
+  }
+};
+struct NhwcPiece {
+  int n0, col0, row0, row1, sets, slots;
+  __device__ __forceinline__ NhwcPiece(const NhwcPieces& p, i64 number) {
+    int rest = (int)number;
+    row0 = rest % p.n_rows * p.item_rows, rest /= p.n_rows;
+    col0 = rest % p.n_cols * p.columns, n0 = rest / p.n_cols * p.images;
+    row1 = min(p.H, row0 + p.item_rows);
+    sets = cdiv(row1 - row0, p.SR);
+    slots = p.lead + min(sets + p.lead, cdiv(p.H - row0, p.SR));
+  }
+};
 
-// Items are (group of images, column tile, row tile, channel block); a block takes every step-th or a contiguous run, so that it
-// changes its channels, and with them its 8 tables, as rarely as can be.
-struct ChannelsLastItem { int cb, col0, row0, rows, n0; };
-__device__ __forceinline__ ChannelsLastItem channels_last_item(int item, bool channels_fastest, int n_blocks, int n_groups, int n_rows, int n_cols, int item_rows, int item_images, int columns, int H) {
-  ChannelsLastItem it;
-  const int rest = n_groups * n_rows * n_cols;
-  it.cb = channels_fastest ? item % n_blocks : item / rest;
-  item = channels_fastest ? item / n_blocks : item % rest;
-  it.row0 = item % n_rows * item_rows; item /= n_rows;
-  it.col0 = item % n_cols * columns; item /= n_cols;
-  it.n0 = item * item_images;
-  it.rows = min(item_rows, H - it.row0);
-  return it;
-}
+// Items in order (channel block, piece). `share` blocks side by side walk the same pieces, each with its own channels, because
+// several channel blocks lie in the same bytes of memory that are read and written at once.
+struct NhwcWalk {
+  NhwcPieces pieces;
+  int share, channels;
+  i64 first, last;
+  __device__ NhwcWalk(const NhwcPieces& pieces, int C, int channels, int share) : pieces(pieces), share(share), channels(channels) {
+    const i64 total = pieces.count * cdiv(cdiv(C, channels), share), runs = gridDim.x / share, run = blockIdx.x / share;
+    first = total * run / runs, last = total * (run + 1) / runs;
+  }
+};
+struct NhwcItem : NhwcPiece {
+  int c0;
+  __device__ __forceinline__ NhwcItem(const NhwcWalk& w, i64 item)
+      : NhwcPiece(w.pieces, item % w.pieces.count), c0(((int)(item / w.pieces.count) * w.share + blockIdx.x % w.share) * w.channels) {}
+};
 
-template <int DT, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int PROD, int STAGES, int MINB>
-__global__ __launch_bounds__((8 + PROD) * 32, MINB) void forward_nhwc(
+// A position in the ring: slot and how often it was there before.
+struct RingAt {
+  int slot = 0, round = 0;
+  __device__ __forceinline__ void next(int ring) {
+    if (++slot == ring) slot = 0, round++;
+  }
+};
+
+// A lane's rows in the ring, as StageRows; row counts from the first row that was loaded.
+template <int PITCH> struct RingRows {
+  u32 at, zero, end;
+  int row, rows, bytes;
+  __device__ __forceinline__ RingRows(u32 xs, int ring_row, int ring_rows, int row, int rows, u32 zero)
+      : at(xs + (ring_row >= ring_rows ? ring_row - ring_rows : ring_row) * PITCH), zero(zero), end(xs + ring_rows * PITCH), row(row), rows(rows), bytes(ring_rows * PITCH) {}
+  __device__ __forceinline__ u32 address(int ahead = 0) const {
+    const u32 a = at + ahead * PITCH;
+    return (unsigned)(row + ahead) < (unsigned)rows ? a >= end ? a - bytes : a : zero;
+  }
+  __device__ __forceinline__ void next() {
+    row += 2, at += 2 * PITCH;
+    if (at >= end) at -= bytes;
+  }
+};
+
+// Arguments: as forward_nchw; rows an item; channels a block (8 G, or fewer with G = 1); blocks that share sectors; slots of the
+// ring and slots of halo; the ring's layout; flags.
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int G, int V, int LOADERS, int STORERS, int MINB>
+__global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nhwc(
     const void* __restrict__ x, const void* __restrict__ weight, const void* __restrict__ bias, void* __restrict__ y, int N, int C, int H, int W,
-    int item_images, int item_rows, int stride, int plane, int flags) {
-  using K = Forward<DT, 1, KH, KW, CBI, CBO, OFF, NI, MT, V, 1, 8, PROD, STAGES>;
+    int item_rows, int channels, int share, int ring, int lead, int stride, int plane, int group, int set, int flags) {
+  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, 2, 1, 8, LOADERS + STORERS, MINB>;
   using T = typename K::T;
-  using X = Pixels<CBI, K::PITCH, V, PROD>;
+  constexpr int SR = K::TS * MT, SIZE = DT == F32 ? 4 : 2, BARS = 512;
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const int stage_bytes = item_images * min(H, item_rows + 2 * K::P) * X::ROW * 16;
-  const u32 bars = smem_u32(smem), zero = bars + K::HEAD, tables = zero + K::ZERO, planes = tables + 8 * K::TABLE, stages = planes + cdiv(8 * plane, 128) * 128;
-  if (tid < K::ZERO / 4) ((u32*)(smem + K::HEAD))[tid] = 0;
-  if (tid == 0)
-    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), bar_init(bars + s * 16 + 8, 8);
+  // Barriers of slot s: loaded, convolved, stored.
+  const u32 bars = smem_u32(smem), zero = bars + BARS, tables = zero + K::ZERO;
+  const RingLayout layout = {tables + channels * K::TABLE, min(8, channels), stride, plane, group, set};
+  if (tid < K::ZERO / 4) ((u32*)(smem + BARS))[tid] = 0;
+  if (tid < ring) bar_init(bars + tid * 24, LOADERS), bar_init(bars + tid * 24 + 8, 8), bar_init(bars + tid * 24 + 16, STORERS);
   __syncthreads();
+  const NhwcWalk walk(NhwcPieces(N, H, W, NI, CBO * 8, item_rows, SR, lead), C, channels, share);
+  RingAt p;
 
-  const int n_groups = cdiv(N, item_images), n_rows = cdiv(H, item_rows), n_cols = cdiv(W, CBO * 8), n_blocks = cdiv(C, 8);
-  const i64 items = (i64)n_groups * n_rows * n_cols * n_blocks;
-  const bool strided = gridDim.x % n_blocks == 0;
-  const int first = strided ? blockIdx.x : (int)(items * blockIdx.x / gridDim.x), step = strided ? gridDim.x : 1;
-  const int last = strided ? (int)items : (int)(items * (blockIdx.x + 1) / gridDim.x);
-
-  int built = -1;
-  for (int item = first, s = 0, phase = 0; item < last; item += step) {
-    const ChannelsLastItem it = channels_last_item(item, strided, n_blocks, n_groups, n_rows, n_cols, item_rows, item_images, CBO * 8, H);
-    const int x0 = max(0, it.row0 - K::P), x_rows = min(H, it.row0 + it.rows + K::P) - x0, images = min(item_images, N - it.n0), c0 = it.cb * 8;
-    const u32 full = bars + s * 16, pixels = stages + s * stage_bytes;
-    if (warp >= 8) {
-      bar_wait(full + 8, phase ^ 1);
-      X::load(pixels, (const u16*)x + (i64)it.n0 * H * W * C, images, x0, x_rows, it.col0 - 8 * OFF, H, W, C, c0, tid - 256);
-      bar_arrive_copies(full);
-      bar_arrive(full);
-    } else {
-      const int c = c0 + warp;
-      if (built != it.cb && c < C)
-        T::template build<DT, 1>(tables + warp * K::TABLE, (const u16*)weight + (i64)c * (KH * KW), flags & FLIP, lane, 32);
-      built = it.cb;
-      bar_wait(full, phase);
-      for (int im = 0; im < images; im++) X::to_planes(planes + im * stride, pixels + im * x_rows * X::ROW * 16, x_rows, plane, warp, lane);
-      consumers_sync();
-      if (lane == 0) bar_arrive(full + 8);
-
-      const int img = (lane & 15) % NI, off = (lane & 15) / NI + (lane >> 4);
-      const int e0 = max(0, K::P - it.row0 - K::GR) & ~1, e1 = min(K::KHP + K::TS * (MT - 1), H - it.row0 + K::P);
-      const float shift = bias && c < C ? load_float<DT>(bias, c) : 0.f, floor = flags & RELU ? 0.f : -__int_as_float(0x7f800000);
-      const u32 mine = planes + warp * plane, table = tables + warp * K::TABLE + T::lane_offset(lane);
-#pragma unroll 1
-      for (int g = 0; g < images; g += NI) {
-        typename K::Acc acc;
-#pragma unroll
-        for (int t = 0; t < MT; t++)
-#pragma unroll
-          for (int j = 0; j < CBO; j++) acc[t][j][0] = acc[t][j][1] = acc[t][j][2] = acc[t][j][3] = 0.f;
-        const u32 xs = mine + (g + img) * stride;
-        const int row = it.row0 + off + e0 - K::P - x0;
-        if constexpr (K::WINDOW) K::accumulate(acc, xs, row, x_rows, zero, table, e0, e1);
-        else K::accumulate_apart(acc, xs, row, x_rows, zero, table, e0, e1);
+  if (warp >= 8 + LOADERS) {
+    for (i64 item = walk.first; item < walk.last; item++) {
+      const NhwcItem it(walk, item);
+      for (int j = 0; j < it.slots; j++, p.next(ring)) {
+        bar_wait(bars + p.slot * 24 + 8, p.round & 1);
+        const int h0 = it.row0 + j * SR;
+        if (j < it.sets && it.c0 < C)
+          Units<DT, NP, CBO, K::PITCH, NI, G, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
+                                                        W - it.col0, H, W, C, min(C - it.c0, channels), warp - 8 - LOADERS, lane);
         __syncwarp();
-#pragma unroll
-        for (int t = 0; t < MT; t++)
-#pragma unroll
-          for (int j = 0; j < CBO; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-              const int m = (lane >> 2) + 8 * half, h = m / NI + K::TS * t;
-              if (h < it.rows)
-                sts32(mine + (g + m % NI) * stride + h * K::PITCH + j * 16 + (lane & 3) * 4,
-                      pack2<DT>(max_nan(acc[t][j][2 * half] + shift, floor), max_nan(acc[t][j][2 * half + 1] + shift, floor)));
-            }
+        if (lane == 0) bar_arrive(bars + p.slot * 24 + 16);
       }
-      consumers_sync();
-      using Y = Pixels<CBO, K::PITCH, V, PROD>;
-      for (int im = 0; im < images; im++)
-        Y::from_planes((u16*)y + (((i64)(it.n0 + im) * H + it.row0) * W + it.col0) * C, planes + im * stride, it.rows, W - it.col0, W, C, c0, plane, warp, lane);
-      consumers_sync();
     }
-    if (++s == STAGES) s = 0, phase ^= 1;
+  } else if (warp >= 8) {
+    for (i64 item = walk.first; item < walk.last; item++) {
+      const NhwcItem it(walk, item);
+      const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
+      for (int j = 0; j < it.slots; j++, p.next(ring)) {
+        const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top), rows = it.c0 < C ? min(hi, top + SR) - h0 : 0;
+        const u32 stored = bars + p.slot * 24 + 16;
+        const int round = p.round;
+        Units<DT, NP, CBI, K::PITCH, NI, G, V, SR, LOADERS, 8>::load(layout, p.slot * SR + h0 - top, (const u8*)x + (((i64)it.n0 * H + h0) * W * C + it.c0) * SIZE, N - it.n0, rows,
+                                                     it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - 8, lane, [=] {
+                                                       if (round > 0) bar_wait(stored, (round - 1) & 1);
+                                                     });
+        __syncwarp();
+        if (lane == 0) bar_arrive(bars + p.slot * 24);
+      }
+    }
+  } else {
+    const int img = (lane & 15) % NI, off = (lane & 15) / NI + (lane >> 4);
+    const float floor = flags & RELU ? 0.f : -__int_as_float(0x7f800000);
+    RingAt ready;
+    int ahead = 0, built = -1;
+    for (i64 item = walk.first; item < walk.last; item++) {
+      const NhwcItem it(walk, item);
+      const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
+      if (built != it.c0)
+#pragma unroll 1
+        for (int g = 0; g < G; g++)
+          if (const int c = it.c0 + 8 * g + warp; c < C && 8 * g + warp < channels)
+            T::template build<DT, NP>(tables + (8 * g + warp) * K::TABLE, (const u8*)weight + (i64)c * (KH * KW) * SIZE, flags & FLIP, lane, 32);
+      built = it.c0;
+      __syncwarp();
+      for (int j = 0; j < it.slots; j++, p.next(ring), ahead--) {
+        for (const int need = min(j + 2 * lead, it.slots - 1) - j; ahead <= need; ahead++, ready.next(ring)) bar_wait(bars + ready.slot * 24, ready.round & 1);
+        if (j < it.sets) {
+          const int h0 = it.row0 + j * SR, tiles = min(MT, cdiv(it.row1 - h0, K::TS));
+          const int e0 = max(0, K::P - h0 - K::GR) & ~1, e1 = min(K::KHP + K::TS * (tiles - 1), H - h0 + K::P);
+#pragma unroll 1
+          for (int g = 0; g < G; g++) {
+            const int c = it.c0 + 8 * g + warp;
+            if (c >= C || 8 * g + warp >= channels) break;
+            typename K::Acc acc;
+#pragma unroll
+            for (int t = 0; t < MT; t++)
+#pragma unroll
+              for (int b = 0; b < CBO; b++) acc[t][b][0] = acc[t][b][1] = acc[t][b][2] = acc[t][b][3] = 0.f;
+            const u32 mine = layout.base + g * group + warp * plane, table = tables + (8 * g + warp) * K::TABLE + T::lane_offset(lane);
+            const int row = off + e0 - K::P;
+#pragma unroll 1
+            for (int i = 0; i < Terms<NP>::N; i++) {
+              const RingRows<K::PITCH> rows(mine + Terms<NP>::x(i) * set + img * stride, (p.slot + lead) * SR + row, ring * SR, h0 + row - lo, min(hi, h0 + SR + K::P + 1) - lo, zero);
+              if constexpr (K::WINDOW || MT <= 2) K::accumulate(acc, rows, table + Terms<NP>::w(i) * T::PLANE, e0, e1, tiles);
+              else K::accumulate_apart(acc, rows, table + Terms<NP>::w(i) * T::PLANE, e0, e1, tiles);
+            }
+            const float shift = bias ? load_float<DT>(bias, c) : 0.f;
+            __syncwarp();
+#pragma unroll
+            for (int t = 0; t < MT; t++)
+#pragma unroll
+              for (int b = 0; b < CBO; b++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                  const int m = (lane >> 2) + 8 * half;
+                  const u32 to = mine + m % NI * stride + (p.slot * SR + m / NI + K::TS * t) * K::PITCH + b * 16 + (lane & 3) * 4;
+                  const float v0 = max_nan(acc[t][b][2 * half] + shift, floor), v1 = max_nan(acc[t][b][2 * half + 1] + shift, floor);
+                  if constexpr (DT == F32) {
+                    const u32 u0 = __float_as_uint(v0), u1 = __float_as_uint(v1);
+                    sts32(to, u0 >> 16 | (u1 & 0xffff0000u));
+                    sts32(to + set, (u0 & 0xffff) | u1 << 16);
+                  } else
+                    sts32(to, pack2<DT>(v0, v1));
+                }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) bar_arrive(bars + p.slot * 24 + 8);
+      }
+    }
   }
-  if (warp >= 8) asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// partial: float32 [splits, C, KH, KW]; grid (channel blocks, splits, groups of R kernel row pairs).
-template <int DT, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int V, int PROD, int STAGES, int MINB>
-__global__ __launch_bounds__((8 + PROD) * 32, MINB) void weight_grad_nhwc(
-    const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, int item_images, int item_rows,
-    int xstride, int ystride, int xplane, int yplane) {
-  using K = WeightGrad<DT, 1, KH, KW, CBI, CBO, OFF, NI, R, HB, V, 8, PROD, STAGES>;
-  using X = Pixels<CBI, K::XPITCH, V, PROD>;
-  using Y = Pixels<CBO, K::YPITCH, V, PROD>;
+// partial: float32 [splits, C, KH, KW]; grid (channel blocks, splits, groups of WG R kernel row pairs). Rings of x and of dy: a
+// slot holds SR rows; the stream of x is that of forward_nhwc, the stream of dy has the rows of the sets alone.
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int WG, int SR, int V, int LOADERS, int MINB>
+__global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
+    const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, int item_rows, int lead, int xring,
+    int xstride, int xplane, int xset, int yring, int ystride, int yplane, int yset) {
+  using K = WeightGrad<DT, NP, KH, KW, CBI, CBO, OFF, NI, R, HB, 2, 8, 1, 1>;
+  constexpr int CH = 8 / WG, SIZE = DT == F32 ? 4 : 2, BARS = 512;
+  static_assert(SR % K::SET_ROWS == 0, "whole sets");
   extern __shared__ __align__(128) u8 smem[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, c0 = blockIdx.x * 8, pair = blockIdx.z * R;
-  // Rows of x that these kernel rows reach from an item's rows: from row0 + above to row0 + rows + below.
-  const int above = 2 * pair - K::P, below = min(KH, 2 * (pair + R)) - 1 - K::P;
-  const int x_bytes = item_images * min(H, item_rows + below - above) * X::ROW * 16, stage_bytes = x_bytes + item_images * item_rows * Y::ROW * 16;
-  const u32 bars = smem_u32(smem), zero = bars + K::HEAD, xplanes = zero + K::ZERO, yplanes = xplanes + cdiv(8 * xplane, 128) * 128;
-  const u32 stages = yplanes + cdiv(8 * yplane + 128, 128) * 128;
-  for (int e = tid; e < K::ZERO / 4; e += (8 + PROD) * 32) ((u32*)(smem + K::HEAD))[e] = 0;
-  if (tid == 0)
-    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), bar_init(bars + s * 16 + 8, 8);
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, c0 = blockIdx.x * CH;
+  // Barriers of slot s: loaded, used; those of dy behind those of x.
+  const u32 xbars = smem_u32(smem), ybars = xbars + xring * 16, zero = xbars + BARS;
+  const RingLayout xs = {zero + K::ZERO, CH, xstride, xplane, 0, xset};
+  const RingLayout ys = {xs.base + NP * xset, CH, ystride, yplane, 0, yset};
+  for (int e = tid; e < K::ZERO / 4; e += (8 + LOADERS) * 32) ((u32*)(smem + BARS))[e] = 0;
+  if (tid < xring + yring) bar_init(xbars + tid * 16, LOADERS), bar_init(xbars + tid * 16 + 8, 8);
   __syncthreads();
+  const NhwcPieces pieces(N, H, W, NI, CBO * 8, item_rows, SR, lead);
+  const i64 first = pieces.count * blockIdx.y / gridDim.y, last = pieces.count * (blockIdx.y + 1) / gridDim.y;
+  RingAt p, q;
 
-  const int n_groups = cdiv(N, item_images), n_rows = cdiv(H, item_rows), n_cols = cdiv(W, CBO * 8);
-  const i64 items = (i64)n_groups * n_rows * n_cols;
-  const int first = (int)(items * blockIdx.y / gridDim.y), last = (int)(items * (blockIdx.y + 1) / gridDim.y);
+  if (warp >= 8) {
+    for (i64 item = first; item < last; item++) {
+      const NhwcPiece it(pieces, item);
+      const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1), limit = min(C - c0, CH);
+      const i64 image = (i64)it.n0 * H;
+      for (int j = 0, set = 0; j < it.slots; j++, p.next(xring)) {
+        const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top);
+        Units<DT, NP, CBI, K::XPITCH, NI, 1, V, SR, LOADERS, 16>::load(xs, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0, min(hi, top + SR) - h0,
+                                                      it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane, [&] {
+                                                        if (p.round > 0) bar_wait(xbars + p.slot * 16 + 8, (p.round - 1) & 1);
+                                                      });
+        __syncwarp();
+        if (lane == 0) bar_arrive(xbars + p.slot * 16);
+        for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
+          const int h = it.row0 + set * SR;
+          Units<DT, NP, CBO, K::YPITCH, NI, 1, V, SR, LOADERS, 16>::load(ys, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0, min(it.row1 - h, SR), it.col0, H, W, C,
+                                                        limit, warp - 8, lane, [&] {
+                                                          if (q.round > 0) bar_wait(ybars + q.slot * 16 + 8, (q.round - 1) & 1);
+                                                        });
+          __syncwarp();
+          if (lane == 0) bar_arrive(ybars + q.slot * 16);
+        }
+      }
+    }
+    return;
+  }
+
   typename K::Acc acc;
 #pragma unroll
   for (int r = 0; r < R; r++)
 #pragma unroll
     for (int d = 0; d < K::ND; d++) acc[r][d][0] = acc[r][d][1] = acc[r][d][2] = acc[r][d][3] = 0.f;
-
-  const int kx = (lane & 7) + 8 * (lane >> 4), ky = lane & 15;
-  for (int item = first, s = 0, phase = 0; item < last; item++) {
-    const int n0 = item % n_groups * item_images, row0 = item / n_groups % n_rows * item_rows, col0 = item / n_groups / n_rows * CBO * 8;
-    const int rows = min(item_rows, H - row0), x0 = min(H, max(0, row0 + above)), x_rows = max(0, min(H, row0 + rows + below) - x0);
-    const int images = min(item_images, N - n0), groups = cdiv(images, NI);
-    const u32 full = bars + s * 16, xpixels = stages + s * stage_bytes, ypixels = xpixels + x_bytes;
-    if (warp >= 8) {
-      bar_wait(full + 8, phase ^ 1);
-      X::load(xpixels, (const u16*)x + (i64)n0 * H * W * C, images, x0, x_rows, col0 - 8 * OFF, H, W, C, c0, tid - 256);
-      Y::load(ypixels, (const u16*)dy + (i64)n0 * H * W * C, images, row0, rows, col0, H, W, C, c0, tid - 256);
-      bar_arrive_copies(full);
-      bar_arrive(full);
-    } else {
-      bar_wait(full, phase);
-      for (int im = 0; im < images; im++) {
-        X::to_planes(xplanes + im * xstride, xpixels + im * x_rows * X::ROW * 16, x_rows, xplane, warp, lane);
-        Y::to_planes(yplanes + im * ystride, ypixels + im * rows * Y::ROW * 16, rows, yplane, warp, lane);
-      }
-      const u32 xs = xplanes + warp * xplane, ys = yplanes + warp * yplane;
-      for (int im = images; im < groups * NI; im++) {
-        for (int e = lane; e < x_rows * (K::XPITCH / 4); e += 32) sts32(xs + im * xstride + e * 4, 0);
-        for (int e = lane; e < rows * (K::YPITCH / 4); e += 32) sts32(ys + im * ystride + e * 4, 0);
-      }
-      consumers_sync();
-      if (lane == 0) bar_arrive(full + 8);
+  const int kx = (lane & 7) + 8 * (lane >> 4), ky = lane & 15, pair = (blockIdx.z * WG + warp / CH) * R;
+  const u32 xmine = xs.base + warp % CH * xplane + kx % NI * xstride, ymine = ys.base + warp % CH * yplane + ky % NI * ystride;
+  RingAt ready;
+  int ahead = 0;
+  for (i64 item = first; item < last; item++) {
+    const NhwcPiece it(pieces, item);
+    const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
+    for (int j = 0; j < it.slots; j++, p.next(xring), ahead--) {
+      for (const int need = min(j + 2 * lead, it.slots - 1) - j; ahead <= need; ahead++, ready.next(xring)) bar_wait(xbars + ready.slot * 16, ready.round & 1);
+      if (j < it.sets) {
+        bar_wait(ybars + q.slot * 16, q.round & 1);
+        const int h0 = it.row0 + j * SR, rows = min(it.row1 - h0, SR);
+        if (2 * pair < KH)
 #pragma unroll 1
-      for (int g = 0; g < groups; g++)
+          for (int set = 0; set < cdiv(rows, K::SET_ROWS) * K::SET_TASKS; set++) {
+            const int h = set / K::SET_TASKS * K::SET_ROWS + set % K::SET_TASKS, top = h0 + h + 2 * pair - K::P;
+            const int q_lo = top + K::GR >= 0 ? 0 : (-top - K::GR + 1) / 2, q_hi = (hi - 1 - top) >> 1;
+            const int row = h + 2 * pair - K::P + kx / NI + ((lane >> 3) & 1);
 #pragma unroll 1
-        for (int set = 0; set < cdiv(rows, K::SET_ROWS) * K::SET_TASKS; set++) {
-          const int h = set / K::SET_TASKS * K::SET_ROWS + set % K::SET_TASKS, top = row0 + h + above;
-          const int q_lo = top + K::GR >= 0 ? 0 : (-top - K::GR + 1) / 2, q_hi = (H - 1 - top) >> 1;
-          K::accumulate(acc, xs + (g * NI + kx % NI) * xstride, top - x0 + kx / NI + ((lane >> 3) & 1), x_rows, ys + (g * NI + ky % NI) * ystride, h + ky / NI,
-                        rows, zero, q_lo, q_hi, lane);
-        }
-      consumers_sync();
+            for (int i = 0; i < Terms<NP>::N; i++)
+              K::accumulate(acc, RingRows<K::XPITCH>(xmine + Terms<NP>::x(i) * xset, (p.slot + lead) * SR + row, xring * SR, h0 + row - lo, hi - lo, zero),
+                            ymine + Terms<NP>::w(i) * yset + q.slot * SR * K::YPITCH, h + ky / NI, rows, zero, q_lo, q_hi, lane);
+          }
+        __syncwarp();
+        if (lane == 0) bar_arrive(ybars + q.slot * 16 + 8);
+        q.next(yring);
+      }
+      __syncwarp();
+      if (lane == 0) bar_arrive(xbars + p.slot * 16 + 8);
     }
-    if (++s == STAGES) s = 0, phase ^= 1;
   }
-  if (warp >= 8) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    return;
-  }
-  // The planes are done with: every warp sums its diagonals in a corner of its own.
-  float* buffer = (float*)(smem + K::HEAD + K::ZERO) + warp * (K::ND * 64 + R * 2 * KW + (R * 2 * KW & 1));
+  // The rings are done with: every warp sums its diagonals in a corner of its own.
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  float* buffer = (float*)(smem + BARS + K::ZERO) + warp * (K::ND * 64 + R * 2 * KW + (R * 2 * KW & 1));
   float* taps = buffer + K::ND * 64;
 #pragma unroll
   for (int r = 0; r < R; r++) {
     K::template reduce<0>(acc[r], buffer, taps + 2 * r * KW, lane);
     K::template reduce<1>(acc[r], buffer, taps + (2 * r + 1) * KW, lane);
   }
-  const int c = c0 + warp, count = min(R * 2, KH - 2 * pair) * KW;
+  const int c = c0 + warp % CH, count = min(R * 2, KH - 2 * pair) * KW;
   float* out = partial + ((i64)blockIdx.y * C + c) * (KH * KW) + 2 * pair * KW;
   if (c < C)
     for (int e = lane; e < count; e += 32) out[e] = taps[e];

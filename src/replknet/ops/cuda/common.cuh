@@ -52,10 +52,20 @@ template <int DT> __device__ __forceinline__ float load_float(const void* p, i64
   else return to_float<DT>(__ldg((const u16*)p + i));
 }
 
+__device__ __forceinline__ void touch(const void* p) {
+  u16 v;
+  asm volatile("ld.global.ca.u16 %0, [%1];" : "=h"(v) : "l"(p));
+}
+
 // ---- shared memory
 __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 __device__ __forceinline__ void sts16(u32 a, u16 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
+__device__ __forceinline__ u32 lds32(u32 a) {
+  u32 r;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
+  return r;
+}
 __device__ __forceinline__ void lds64(u32 (&r)[2], u32 a) { asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(a)); }
 __device__ __forceinline__ void ldsm4(u32 (&r)[4], u32 a) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
@@ -137,7 +147,9 @@ template <int KH, int KW, int LO, int HI> struct Table {
 
   // Written by nthreads threads. weight points at the channel's KH x KW taps; flip turns them by 180 degrees.
   template <int DT, int NP> static __device__ void build(u32 table, const void* weight, bool flip, int tid, int nthreads) {
-    constexpr int WORDS = KQ * NU * 4, U = 4;
+    constexpr int WORDS = KQ * NU * 4, U = 8;
+    // One element of every sector first, so that the many reads of the same bytes below wait for memory once.
+    for (int e = tid; e * 16 < KH * KW; e += nthreads) touch((const u8*)weight + (i64)e * (DT == F32 ? 64 : 32));
     for (int e0 = tid; e0 < WORDS; e0 += U * nthreads) {
       Pair<DT> v[U];
 #pragma unroll
@@ -236,4 +248,13 @@ template <int DT, int NP, int CB, int PITCH, int V, int PROD> struct Loader {
 #pragma unroll
         for (int p = 0; p < NP; p++) sts32(to + im * stride + p * plane + e * 4, 0);
   }
+};
+
+// Addresses of a lane's row and of rows ahead of it: rows 0 .. rows - 1 of an image at xs, a row of zeros above and below them.
+template <int PITCH> struct StageRows {
+  u32 at, zero;
+  int row, rows;
+  __device__ __forceinline__ StageRows(u32 xs, int row, int rows, u32 zero) : at(xs + row * PITCH), zero(zero), row(row), rows(rows) {}
+  __device__ __forceinline__ u32 address(int ahead = 0) const { return (unsigned)(row + ahead) < (unsigned)rows ? at + ahead * PITCH : zero; }
+  __device__ __forceinline__ void next() { row += 2, at += 2 * PITCH; }
 };

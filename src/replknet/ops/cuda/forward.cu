@@ -8,12 +8,12 @@
 //
 // Template: DT element type, NP bfloat16 planes of float32 (1 otherwise), KH x KW kernel, CBI input and CBO output column
 // blocks with output block j at input block j + OFF, NI images a tile, MT tiles a task, V bytes a copy (2: through registers),
-// SV columns a store (1, 2, 4), consumer and producer warps, stages, blocks a multiprocessor.
+// SV columns a store (1, 2, 4), consumer and producer warps, blocks a multiprocessor.
 
 // Flags: turn the weight by 180 degrees; ReLU.
 enum { FLIP = 1, RELU = 2 };
 
-template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int SV, int WARPS, int PROD, int STAGES>
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int SV, int WARPS, int PROD, int MINB>
 struct Forward {
   using B = Band<KW>;
   // Deltas that meet both a column block of the input and one of the output.
@@ -26,6 +26,10 @@ struct Forward {
   static constexpr int PITCH = (NI < 8 ? (CBI | 1) : CBI) * 16, ZERO = cdiv(CBI * 16, 128) * 128;
   static constexpr int TABLE = cdiv(NP * T::PLANE, 128) * 128, HEAD = 256;
   static constexpr bool WINDOW = TS == 2;
+  // Registers that a thread can have, and how many column blocks of x are loaded ahead in those that the products leave, where
+  // a step has so many products that it pays.
+  static constexpr int REGISTERS = cmin(255, 65536 / (32 * MINB * 4 * cdiv(WARPS + PROD, 4)));
+  static constexpr int AHEAD = MT != 2 || (WINDOW && CBI < 7) ? 1 : cmax(1, cmin(CBI, (REGISTERS - 44 - MT * CBO * 4 - (WINDOW ? 2 : 4) * MT * ND) / 4 - 1));
   using Load = Loader<DT, NP, CBI, PITCH, V, PROD>;
 
   struct Item { int c, col0, row0, rows, n0, x0, x_rows; };
@@ -54,67 +58,75 @@ struct Forward {
     }
   }
 
-  // One step: two input rows against one row pair of tiles T0 .. T1. a holds column block 0 and receives that of the next step.
-  template <int T0, int T1> static __device__ __forceinline__ void multiply(Acc& acc, u32 (&a)[4], u32 row, u32 next, const Fragments& b) {
+  // One step: two input rows against one row pair of tiles T0 .. T1. a holds the first AHEAD column blocks and receives those of
+  // the next step.
+  template <int T0, int T1> static __device__ __forceinline__ void multiply(Acc& acc, u32 (&a)[AHEAD][4], u32 row, u32 next, const Fragments& b) {
 #pragma unroll
     for (int c = 0; c < CBI; c++) {
-      u32 ahead[4];
-      ldsm4(ahead, c + 1 < CBI ? row + (c + 1) * 16 : next);
+      u32 fresh[4];
+      ldsm4(fresh, c + AHEAD < CBI ? row + (c + AHEAD) * 16 : next + (c + AHEAD - CBI) * 16);
 #pragma unroll
       for (int t = T0; t <= T1; t++)
 #pragma unroll
         for (int j = 0; j < CBO; j++) {
           const int d = c - OFF - j - LO;
-          if (d >= 0 && d < ND) mma<DT>(acc[t][j], a, b[t][d]);
+          if (d >= 0 && d < ND) mma<DT>(acc[t][j], a[0], b[t][d]);
         }
 #pragma unroll
-      for (int k = 0; k < 4; k++) a[k] = ahead[k];
+      for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[k][i] = k + 1 < AHEAD ? a[k + 1 < AHEAD ? k + 1 : k][i] : fresh[i];
     }
   }
 
-  // Steps e .. e_end. x_row: this lane's input row at step e, relative to the stage's first; xs: its image; zero: a row of zeros.
-  static __device__ __forceinline__ void accumulate(Acc& acc, u32 xs, int x_row, int x_rows, u32 zero, u32 table, int e, int e_end) {
+  // Steps e .. e_end of the first `tiles` tiles. x: this lane's input row at step e.
+  template <class Rows> static __device__ __forceinline__ void accumulate(Acc& acc, Rows x, u32 table, int e, int e_end, int tiles) {
     Fragments b;
-    u32 a[4], at = xs + x_row * PITCH, row = (unsigned)x_row < (unsigned)x_rows ? at : zero;
-    ldsm4(a, row);
+    u32 a[AHEAD][4], row = x.address();
+#pragma unroll
+    for (int c = 0; c < AHEAD; c++) ldsm4(a[c], row + c * 16);
 #pragma unroll
     for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
 #pragma unroll 1
     while (true) {
-      x_row += 2, at += 2 * PITCH;
-      const u32 next = (unsigned)x_row < (unsigned)x_rows ? at : zero;
+      x.next();
+      const u32 next = x.address();
+      // Tiles further apart share no fragments: those of the next step are on their way during this one.
+      Fragments ahead;
+      if constexpr (!WINDOW)
+#pragma unroll
+        for (int t = 0; t < MT; t++) load_fragments(ahead[t], table, e + 2 - TS * t);
       if constexpr (MT == 2) {
-        if (e < TS) multiply<0, 0>(acc, a, row, next, b);
+        if (e < TS || tiles == 1) multiply<0, 0>(acc, a, row, next, b);
         else if (e >= KHP) multiply<1, 1>(acc, a, row, next, b);
         else multiply<0, 1>(acc, a, row, next, b);
       } else
         multiply<0, MT - 1>(acc, a, row, next, b);
       row = next, e += 2;
       if (e >= e_end) break;
-      if constexpr (WINDOW) {
 #pragma unroll
-        for (int t = MT - 1; t > 0; t--)
+      for (int t = MT - 1; t >= 0; t--)
+        if (t > 0 || !WINDOW)
 #pragma unroll
-          for (int d = 0; d < ND; d++) b[t][d][0] = b[t - 1][d][0], b[t][d][1] = b[t - 1][d][1];
-        load_fragments(b[0], table, e);
-      } else
-#pragma unroll
-        for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
+          for (int d = 0; d < ND; d++) {
+            const u32(&from)[2] = WINDOW ? b[t > 0 ? t - 1 : 0][d] : ahead[t][d];
+            b[t][d][0] = from[0], b[t][d][1] = from[1];
+          }
+      if constexpr (WINDOW) load_fragments(b[0], table, e);
     }
   }
 
-  // The same where tiles lie more than a row pair apart: few of them are active at a step, and each needs its own fragments.
-  static __device__ __forceinline__ void accumulate_apart(Acc& acc, u32 xs, int x_row, int x_rows, u32 zero, u32 table, int e, int e_end) {
-    u32 at = xs + x_row * PITCH;
+  // The same where many tiles lie more than a row pair apart: few of them are active at a step, and each needs its own fragments.
+  template <class Rows> static __device__ __forceinline__ void accumulate_apart(Acc& acc, Rows x, u32 table, int e, int e_end, int tiles) {
 #pragma unroll 1
-    for (; e < e_end; e += 2, x_row += 2, at += 2 * PITCH) {
-      const u32 row = (unsigned)x_row < (unsigned)x_rows ? at : zero;
+    for (; e < e_end; e += 2, x.next()) {
+      const u32 row = x.address();
       u32 a[CBI][4];
 #pragma unroll
       for (int c = 0; c < CBI; c++) ldsm4(a[c], row + c * 16);
 #pragma unroll
       for (int t = 0; t < MT; t++) {
-        if ((unsigned)(e - TS * t) >= (unsigned)KHP) continue;
+        if (t >= tiles || (unsigned)(e - TS * t) >= (unsigned)KHP) continue;
         u32 b[ND][2];
         load_fragments(b, table, e - TS * t);
 #pragma unroll
@@ -181,7 +193,7 @@ template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int
 __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
     const void* __restrict__ x, const void* __restrict__ weight, const void* __restrict__ bias, void* __restrict__ y, int N, int C, int H, int W,
     i64 xsn, i64 xsc, i64 ysn, i64 ysc, int item_images, int item_rows, int stride, int flags) {
-  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, V, SV, WARPS, PROD, STAGES>;
+  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, V, SV, WARPS, PROD, MINB>;
   using T = typename K::T;
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -241,7 +253,8 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
         for (int j = 0; j < CBO; j++) acc[t][j][0] = acc[t][j][1] = acc[t][j][2] = acc[t][j][3] = 0.f;
 #pragma unroll 1
       for (int i = 0; i < Terms<NP>::N; i++)
-        K::accumulate(acc, xs + Terms<NP>::x(i) * plane, h0 + off + e0 - K::P - it.x0, it.x_rows, zero, table + Terms<NP>::w(i) * T::PLANE, e0, e1);
+        K::accumulate(acc, StageRows<K::PITCH>(xs + Terms<NP>::x(i) * plane, h0 + off + e0 - K::P - it.x0, it.x_rows, zero),
+                      table + Terms<NP>::w(i) * T::PLANE, e0, e1, MT);
       K::template store_half<0>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
       K::template store_half<1>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
     }

@@ -38,18 +38,17 @@ struct WeightGrad {
           }
     }
   }
-  template <int Q> static __device__ __forceinline__ void steps(Acc& acc, u32 xs, int x_row, int x_rows, u32 zero, const u32 (&dy)[HB][JP][4], int q_lo, int q_hi, bool all) {
+  template <int Q, class Rows> static __device__ __forceinline__ void steps(Acc& acc, const Rows& x, const u32 (&dy)[HB][JP][4], int q_lo, int q_hi, bool all) {
     if constexpr (Q < R + HB - 1) {
-      const int r = x_row + 2 * Q;
-      if (all || (Q >= q_lo && Q <= q_hi)) multiply<Q>(acc, (unsigned)r < (unsigned)x_rows ? xs + r * XPITCH : zero, dy);
-      steps<Q + 1>(acc, xs, x_row, x_rows, zero, dy, q_lo, q_hi, all);
+      if (all || (Q >= q_lo && Q <= q_hi)) multiply<Q>(acc, x.address(2 * Q), dy);
+      steps<Q + 1>(acc, x, dy, q_lo, q_hi, all);
     }
   }
 
   // Output rows h0 + g + 2 b of lane (image, g), b < HB, against this warp's kernel row pairs, for one pair of planes.
-  // xs, ys: this lane's image; x_row: input row of row pair 0, relative to the stage; q_lo, q_hi: first and last row pair of x
-  // with a row inside the image.
-  static __device__ __forceinline__ void accumulate(Acc& acc, u32 xs, int x_row, int x_rows, u32 ys, int y_row, int y_rows, u32 zero, int q_lo, int q_hi, int lane) {
+  // x: this lane's input row at row pair 0; ys: its image of dy; q_lo, q_hi: first and last row pair of x with a row inside
+  // the image.
+  template <class Rows> static __device__ __forceinline__ void accumulate(Acc& acc, const Rows& x, u32 ys, int y_row, int y_rows, u32 zero, int q_lo, int q_hi, int lane) {
     u32 dy[HB][JP][4];
 #pragma unroll
     for (int b = 0; b < HB; b++) {
@@ -59,8 +58,8 @@ struct WeightGrad {
       for (int j = 0; j < JP; j++) ldsm4t(dy[b][j], at + j * 32);
     }
     // Straight-line code lets the loads run ahead; it is worth its size where the products of a step do not cover them.
-    if (q_lo <= 0 && q_hi >= R + HB - 2) steps<0>(acc, xs, x_row, x_rows, zero, dy, q_lo, q_hi, true);
-    else steps<0>(acc, xs, x_row, x_rows, zero, dy, q_lo, q_hi, false);
+    if (q_lo <= 0 && q_hi >= R + HB - 2) steps<0>(acc, x, dy, q_lo, q_hi, true);
+    else steps<0>(acc, x, dy, q_lo, q_hi, false);
   }
 
   // Sums the diagonals of the accumulators of one kernel row into row[kx]; buffer: ND x 8 x 8 floats of this warp.
@@ -138,8 +137,8 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
         const int q_lo = top + K::GR >= 0 ? 0 : (-top - K::GR + 1) / 2, q_hi = (H - 1 - top) >> 1;
 #pragma unroll 1
         for (int i = 0; i < Terms<NP>::N; i++)
-          K::accumulate(acc, xg + Terms<NP>::x(i) * xplane, top - x0 + kx / NI + ((lane >> 3) & 1), x_rows, yg + Terms<NP>::w(i) * yplane, h + ky / NI, rows,
-                        zero, q_lo, q_hi, lane);
+          K::accumulate(acc, StageRows<K::XPITCH>(xg + Terms<NP>::x(i) * xplane, top - x0 + kx / NI + ((lane >> 3) & 1), x_rows, zero),
+                        yg + Terms<NP>::w(i) * yplane, h + ky / NI, rows, zero, q_lo, q_hi, lane);
       }
       __syncwarp();
       if (lane == 0) bar_arrive(full + 8);
