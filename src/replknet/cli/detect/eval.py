@@ -62,8 +62,9 @@ def run(args: Namespace) -> None:
         return
     kinds = [kind for kind in ("bbox", "segm") if f"{kind}_AP" in scores]
     names = [name.removeprefix(f"{kinds[0]}_") for name in scores if name.startswith(f"{kinds[0]}_")]
-    rows = [[kind, *(f"{100 * scores[f'{kind}_{name}']:.1f}" for name in names)] for kind in kinds]
-    print(table(("", *names), rows))
+    # A line a measure: with --classwise there are many.
+    rows = [[name, *(f"{100 * scores[f'{kind}_{name}']:.1f}" for kind in kinds)] for name in names]
+    print(table(("", *kinds), rows))
     if args.output is not None:
         write_text(Path(args.output), json.dumps(scores, indent=1) + "\n")
 

@@ -88,8 +88,8 @@ def score_file(
         UsageError: no such file.
         RunError: not such predictions, or of pictures that the annotations do not have.
     """
-    found = _read_results(Path(predictions))
     truth = CheckedCoco(annotations)
+    found = _read_results(Path(predictions), truth)
     known = set(truth.getImgIds())
     if strange := {result["image_id"] for result in found} - known:
         raise RunError(f"{predictions} has pictures that {annotations} does not have: ids {sorted(strange)[:5]}")
@@ -104,18 +104,39 @@ def score_file(
     return scores
 
 
-def _read_results(path: Path) -> list[dict[str, Any]]:
+def _read_results(path: Path, truth: CheckedCoco) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"there is no file of predictions {path}")
     try:
-        found = json.loads(path.read_bytes())
+        contents = json.loads(path.read_bytes())
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from error
-    found = found.get("annotations") if isinstance(found, dict) else found
+    found = contents.get("annotations") if isinstance(contents, dict) else contents
     needed = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(found, list) or not all(isinstance(entry, dict) and needed <= entry.keys() for entry in found):
         raise RunError(f"{path} is not COCO's result format: a list of {', '.join(sorted(needed))}")
-    return found
+    return found if isinstance(contents, list) else _renumbered(contents, found, truth, path)
+
+
+def _renumbered(contents: dict[str, Any], found: list[Any], truth: CheckedCoco, path: Path) -> list[dict[str, Any]]:
+    """Results of `detect predict` under the ids of `truth`: its pictures by file name, its categories by name."""
+    by_name: dict[str, int] = {}
+    for image in truth.dataset["images"]:
+        by_name[Path(image["file_name"]).name] = image["id"]
+    if len(by_name) < len(truth.dataset["images"]):
+        raise UsageError(
+            f"{truth.found.path} has pictures of the same name in several folders: score a list of results"
+        )
+    images = {image["id"]: by_name.get(Path(image["file_name"]).name) for image in contents.get("images", [])}
+    names = {category["id"]: category["name"] for category in contents.get("categories", [])}
+    ids = truth.found.category_ids
+    if unknown := [image["file_name"] for image in contents.get("images", []) if images[image["id"]] is None]:
+        raise RunError(f"{path} has pictures that {truth.found.path} does not have: {', '.join(unknown[:3])}")
+    return [
+        {**entry, "image_id": images[entry["image_id"]], "category_id": ids[names[entry["category_id"]]]}
+        for entry in found
+        if names.get(entry["category_id"]) in ids
+    ]
 
 
 def _test_config(opened: OpenedDetector, paths: DataPaths, batch_size: int, workers: int) -> Config:

@@ -44,8 +44,8 @@ def official_detector(weights: str | Path) -> Weights | None:
 def official_config(entry: Weights) -> Config:
     """Model and test pipeline that `entry` was trained and scored with, in the Runner's form."""
     pixels: dict[str, Any] = {
-        "mean": [255 * value for value in entry.mean],
-        "std": [255 * value for value in entry.std],
+        "mean": [round(255 * value, 3) for value in entry.mean],
+        "std": [round(255 * value, 3) for value in entry.std],
     }
     make = fcos if entry.method == "FCOS" else cascade_mask_rcnn
     model = make(entry.model, entry.num_classes, norm_features=entry.model == "replknet_xl", **pixels)

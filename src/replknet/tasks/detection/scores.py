@@ -126,17 +126,19 @@ class CocoScores(BaseMetric):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the predictions of a batch in COCO's result format, labels still instead of categories."""
+        # One entry a picture: the base class cuts what several processes collected to the number of pictures.
         for sample in data_samples:
-            self.results.extend(as_results(sample["pred_instances"], sample["img_id"]))
+            self.results.append(as_results(sample["pred_instances"], sample["img_id"]))
 
-    def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
+    def compute_metrics(self, results: list[list[dict[str, Any]]]) -> dict[str, float]:
         """The averages over all pictures."""
         classes = list(self.dataset_meta["classes"])  # type: ignore[index]
         check_classes(self.truth.found, classes, "the model")
         ids = self.truth.get_cat_ids(classes)
         predictions = [
             {**{k: v for k, v in result.items() if k != "label"}, "category_id": ids[result["label"]]}
-            for result in results
+            for picture in results
+            for result in picture
         ]
         if self.save_to is not None:
             write_text(Path(self.save_to), json.dumps(predictions))
