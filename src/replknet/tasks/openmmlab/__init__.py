@@ -32,6 +32,7 @@ _REMARKS = (
     "`reduce_zero_label` will be deprecated",
     "When align_corners=True, the output would more aligned",
     "The shape of value will convert from",
+    "For binary segmentation, we suggest using",
 )
 """Beginnings of the forks' warnings about settings that are meant so."""
 _MODULES: dict[Task, str] = {"segmentation": "mmseg", "detection": "mmdet"}
