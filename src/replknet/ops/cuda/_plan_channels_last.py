@@ -130,7 +130,7 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
     """
     best, least = None, math.inf
     for tile in _forward_tiles(shape, gpu):
-        if (work := _forward_work(shape, tile)) < least:
+        if (work := _forward_work(shape, tile, gpu)) < least:
             best, least = tile, work
     if best is None:
         raise NotImplementedError(too_large(shape, gpu))
@@ -175,7 +175,7 @@ def _movers(columns: Columns, tiles: int) -> tuple[int, int]:
     return (2, 2) if columns.outputs > 2 and tiles * columns.outputs >= 14 else (4, 4)
 
 
-def _forward_work(shape: Shape, tile: ForwardTile) -> float:
+def _forward_work(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
     """Estimated time of an image and channel, in products of one column block."""
     columns, lanes, p = tile.columns, 16 // tile.images, shape.kh // 2
     steps, padded = 0, (shape.kh + 1) & ~1
@@ -184,7 +184,8 @@ def _forward_work(shape: Shape, tile: ForwardTile) -> float:
         steps += math.ceil((last - first) / 2)
     low, high = deltas(shape.kw, columns)
     products = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
-    # A single tile loads its operands for itself; with less than two slots to spare the warps wait for one another.
+    # Shared memory gives a tile's operands at most at this rate; with few slots to spare the warps wait for one another.
+    operands = (4 * columns.inputs / min(2, tile.tiles) + 2 * (high - low + 1)) / 1.5
     loads = 1.0 if tile.tiles > 1 else 1.25
     spare = tile.slots - (1 + 2 * halo_slots(shape, tile) if shape.h > set_rows(tile) else 1)
     tight = 1.6 if spare < 1 else 1.15 if spare < 2 and shape.h > set_rows(tile) else 1.0
@@ -192,8 +193,11 @@ def _forward_work(shape: Shape, tile: ForwardTile) -> float:
     moved = 8 * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) / (1 if tile.groups == 2 else 0.6)
     images = math.ceil(shape.n / tile.images) * tile.images / shape.n
     idle = 8 * tile.groups / tile.channels
-    work = steps * products * loads * tight + SET_OVERHEAD * math.ceil(shape.h / set_rows(tile))
-    return columns.tiles * images / tile.images * max(work * idle, moved)
+    work = steps * max(products, operands) * loads * tight + SET_OVERHEAD * math.ceil(shape.h / set_rows(tile))
+    pieces = math.ceil(shape.c / tile.channels) * math.ceil(shape.n / tile.images) * columns.tiles
+    # The root: what does not shrink with the work, such as building tables, is the larger part of small problems.
+    busy = min(1.0, pieces * math.ceil(shape.h / set_rows(tile)) / gpu.multiprocessors)
+    return columns.tiles * images / tile.images * max(work * idle, moved) / math.sqrt(busy)
 
 
 def _ring(shape: Shape, tile: ForwardTile) -> Ring:
