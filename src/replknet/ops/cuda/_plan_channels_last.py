@@ -104,9 +104,9 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
         tile.images, tile.tiles, tile.groups, _copy_width(shape, tile.channels),
         tile.loaders, tile.storers, tile.blocks,
     )  # fmt: skip
-    channel_blocks, share = math.ceil(shape.c / tile.channels), _share(shape, tile.channels)
-    pieces = channel_blocks * math.ceil(shape.n / tile.images) * columns.tiles
     slots = gpu.multiprocessors * tile.blocks
+    channel_blocks, share = math.ceil(shape.c / tile.channels), _share(shape, tile.channels, slots)
+    pieces = channel_blocks * math.ceil(shape.n / tile.images) * columns.tiles
     # Few images: their rows are shared out too.
     cuts = 1 if pieces >= slots else min(math.ceil(shape.h / rows), slots // pieces)
     item_rows = round_up(math.ceil(shape.h / cuts), rows)
@@ -184,20 +184,21 @@ def _forward_work(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
         steps += math.ceil((last - first) / 2)
     low, high = deltas(shape.kw, columns)
     products = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
-    # Shared memory gives a tile's operands at most at this rate; with few slots to spare the warps wait for one another.
+    # Shared memory gives operands at most at this rate; with few slots to spare the warps wait for one another.
     operands = (4 * columns.inputs / min(2, tile.tiles) + 2 * (high - low + 1)) / 1.5
     loads = 1.0 if tile.tiles > 1 else 1.25
     spare = tile.slots - (1 + 2 * halo_slots(shape, tile) if shape.h > set_rows(tile) else 1)
     tight = 1.6 if spare < 1 else 1.15 if spare < 2 and shape.h > set_rows(tile) else 1.0
-    # What moving 8 columns in and out costs, measured in products.
-    moved = 8 * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) / (1 if tile.groups == 2 else 0.6)
+    work = steps * max(products, operands) * loads + SET_OVERHEAD * math.ceil(shape.h / set_rows(tile))
+    # Half of what moving columns in and out costs is not hidden behind products.
+    moved = 13 * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) / (1 if tile.groups == 2 else 0.6)
+    halo = 1.1 if columns.offset else 1.0
     images = math.ceil(shape.n / tile.images) * tile.images / shape.n
     idle = 8 * tile.groups / tile.channels
-    work = steps * max(products, operands) * loads * tight + SET_OVERHEAD * math.ceil(shape.h / set_rows(tile))
     pieces = math.ceil(shape.c / tile.channels) * math.ceil(shape.n / tile.images) * columns.tiles
     # The root: what does not shrink with the work, such as building tables, is the larger part of small problems.
     busy = min(1.0, pieces * math.ceil(shape.h / set_rows(tile)) / gpu.multiprocessors)
-    return columns.tiles * images / tile.images * max(work * idle, moved) / math.sqrt(busy)
+    return columns.tiles * images / tile.images * (work * idle + moved) * tight * halo / math.sqrt(busy)
 
 
 def _ring(shape: Shape, tile: ForwardTile) -> Ring:
@@ -214,9 +215,9 @@ def _forward_shared(shape: Shape, tile: ForwardTile) -> int:
     return BARRIERS + round_up(columns.inputs * 16, 128) + tables + shape.planes * _ring(shape, tile).set
 
 
-def _share(shape: Shape, channels: int) -> int:
-    """Blocks side by side that walk the same pixels: as many as have channels in the same bytes of memory."""
-    share = max(1, TOGETHER // (channels * (4 if shape.dtype == torch.float32 else 2)))
+def _share(shape: Shape, channels: int, slots: int) -> int:
+    """Blocks side by side that walk the same pixels: as many as have channels in the same bytes and run at once."""
+    share = min(slots, max(1, TOGETHER // (channels * (4 if shape.dtype == torch.float32 else 2))))
     blocks = math.ceil(shape.c / channels)
     return max(size for size in range(1, share + 1) if blocks % size == 0)
 
