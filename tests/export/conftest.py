@@ -1,3 +1,5 @@
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,3 +29,15 @@ def pictures() -> Tensor:
     """`[8, 3, 64, 64]`, views of a photograph."""
     transform = evaluation_transform(ImageFormat(size=64))
     return torch.stack([transform(picture) for picture in sample_pictures()])
+
+
+@pytest.fixture
+def hub():
+    """A running `HubServer` of the module beside this one."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.serving() as server:
+        yield server

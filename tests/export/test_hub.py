@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -125,6 +126,35 @@ def test_push_sends_the_whole_folder(tmp_path, monkeypatch):
         ("create", "me/m", {"private": True, "exist_ok": True}),
         ("upload", "me/m", ["README.md", "config.json", "model.safetensors"]),
     ]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_process_pushes_and_others_load(tmp_path, hub):
+    """Through huggingface_hub's own client and a server on this machine."""
+    model = unusual(num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    torch.save(images(), tmp_path / "x.pt")
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+    env = os.environ | settings | {"HF_HOME": str(tmp_path / "cache")}
+
+    def run(*command: str, code: int = 0) -> subprocess.CompletedProcess:
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    weights = ("--model", "replknet_nano", "--weights", "w.pth", "--results", "{top-1: 91.5}")
+    pushed = run("-m", "replknet", "push", "me/flowers", *weights)
+    assert pushed.stdout.strip() == f"{hub.url}/me/flowers"
+    assert hub.authorisations == {"Bearer hf_secret"}
+    assert set(hub.repositories["me/flowers"]) == {"README.md", "config.json", "model.safetensors"}
+    assert b"| top-1 | 91.50 |" in hub.repositories["me/flowers"]["README.md"]
+    code = "import replknet, timm, torch; m = timm.create_model('hf-hub:me/flowers', pretrained=True).eval();"
+    run("-c", code + "torch.save(m(torch.load('x.pt')).detach(), 'y.pt')")
+    assert torch.equal(torch.load(tmp_path / "y.pt"), model(images()))
+    missing = run("-m", "replknet", "eval", "hf-hub:me/nothing", "--data", "digits", code=1)
+    assert "Repository Not Found" in missing.stderr
 
 
 def test_command(tmp_path, monkeypatch, capsys):

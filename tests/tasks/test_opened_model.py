@@ -7,6 +7,7 @@ import torch
 
 from replknet._errors import RunError, UsageError
 from replknet.data import ImageFormat
+from replknet.export.hub import save_model
 from replknet.tasks.opened_model import describe_checkpoint, open_model
 
 DESCRIPTION = {
@@ -99,3 +100,17 @@ def test_wrong_requests_are_named(tmp_path):
     (tmp_path / "corrupt.ckpt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(RunError):
         open_model("replknet_nano", weights=tmp_path / "corrupt.ckpt")
+
+
+@torch.no_grad()
+def test_a_model_folder_comes_with_its_weights(tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model("replknet_nano", num_classes=3).eval()
+    folder = save_model(model, tmp_path / "m", class_names=["ant", "bee", "cat"])
+    opened = open_model(f"local-dir:{folder}")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(opened.model(x), model(x))
+    assert (opened.weights, opened.own_names) == ("pretrained", ["ant", "bee", "cat"])
+    fresh = open_model(f"local-dir:{folder}", pretrained=False)
+    assert fresh.weights == "untrained"
+    assert not torch.equal(fresh.model(x), model(x))

@@ -21,7 +21,11 @@ def add_model_options(parser: ArgumentParser, *, positional: bool) -> None:
     extra: dict[str, Any] = {"nargs": "?"} if positional else {"default": None}
     parser.add_argument(name, help="model name (any timm model); may be left out where the weights know it", **extra)
     parser.add_argument("--weights", type=str | None, help="checkpoint file of any kind (ours, official, timm's)")
-    parser.add_argument("--pretrained", type=bool, default=False, help="load the weights that the name stands for")
+    parser.add_argument(
+        "--pretrained",
+        type=bool | None,
+        help="load the weights that the name stands for; by default for hf-hub:OWNER/NAME and local-dir:FOLDER",
+    )
     parser.add_argument("--use_ema", type=bool, default=True, help="of a checkpoint with both, take averaged weights")
     parser.add_argument("--model_kwargs", type=dict[str, Any], default={}, help="constructor arguments of the model")
     parser.add_argument("--num_classes", type=int | None, help="outputs; by default the weights' own")

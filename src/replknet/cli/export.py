@@ -31,7 +31,7 @@ from replknet.data.transforms import ImageFormat, evaluation_transform
 from replknet.export import FORMATS, ExportReport, Format, Precision, export_model
 from replknet.export.formats import SUFFIXES, require_packages
 from replknet.models.factory import create_model
-from replknet.tasks.opened_model import OpenedModel
+from replknet.tasks.opened_model import OpenedModel, stands_for_weights
 from replknet.tasks.prediction import find_inputs
 
 
@@ -97,10 +97,13 @@ def _open(args: Namespace) -> tuple[nn.Module, OpenedModel | None, ImageFormat]:
         return opened.model, opened, opened.image
     if args.MODEL is None:
         raise UsageError("--features needs the name of the model")
+    pretrained = args.pretrained
+    if pretrained is None:
+        pretrained = args.weights is None and stands_for_weights(args.MODEL)
     model = create_model(
         args.MODEL,
         weights=args.weights,
-        pretrained=args.pretrained,
+        pretrained=pretrained,
         checkpoint_may_differ=("head", "norm"),
         features_only=True,
         **args.model_kwargs,

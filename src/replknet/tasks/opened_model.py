@@ -49,7 +49,7 @@ def open_model(
     name: str | None = None,
     *,
     weights: str | Path | None = None,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     image_size: int | None = None,
@@ -66,7 +66,9 @@ def open_model(
     Args:
         name: as for `replknet.models.factory.create_model`; may be left out where `weights` is a checkpoint of ours,
             which knows its architecture, classes and input format.
-        weights, pretrained, num_classes, in_chans, model_kwargs: as for `create_model`.
+        weights, num_classes, in_chans, model_kwargs: as for `create_model`.
+        pretrained: load the weights that `name` stands for; by default those of a folder (`local-dir:`) or of a
+            repository (`hf-hub:`) unless `weights` names others.
         image_size, mean, std, crop_mode, crop_pct: instead of what the weights ask for.
         use_ema: of a checkpoint with both, take the averaged weights.
         merged: re-parameterise.
@@ -84,6 +86,8 @@ def open_model(
         num_classes = described.get("num_classes") if num_classes is None else num_classes
         in_chans = described.get("in_chans") if in_chans is None else in_chans
         model_kwargs = {**described.get("model_kwargs", {}), **model_kwargs}
+    if pretrained is None:
+        pretrained = weights is None and stands_for_weights(name)
     model = create_model(
         name, weights=weights, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **model_kwargs
     ).eval()
@@ -99,6 +103,11 @@ def open_model(
         model = reparameterize(model)
     origin = Path(weights).name if weights is not None else ("pretrained" if pretrained else "untrained")
     return OpenedModel(model, name, origin, image, own_names, merged)
+
+
+def stands_for_weights(name: str) -> bool:
+    """Whether a name is that of a folder (`local-dir:`) or repository (`hf-hub:`) with weights."""
+    return name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
 
 
 def describe_checkpoint(path: str | Path) -> dict[str, Any] | None:
