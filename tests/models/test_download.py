@@ -367,6 +367,27 @@ def test_a_weights_folder_that_is_none_is_a_usage_error(tmp_path, monkeypatch, s
         fetch_weights(entry_at(server, "good"))
 
 
+def test_a_cache_that_takes_no_file_is_named(server, tmp_path):
+    (tmp_path / "hub").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"cannot be saved as .*good\.pth: .*TORCH_HOME.*REPLKNET_WEIGHTS"):
+        fetch_weights(entry_at(server, "good"))
+    assert server.requests == []
+
+
+def test_a_full_disk_is_said_and_the_rest_comes_later(server):
+    resource = pytest.importorskip("resource", reason="file size limits exist on Unix only")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot be saved as .*good\.pth: .*Make room"):
+            fetch_weights(entry_at(server, "good"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "good.pth" not in leftovers()
+    assert fetch_weights(entry_at(server, "good")).read_bytes() == FILE
+    assert [wanted for _, wanted in server.requests] == [None, "bytes=300000-"]
+
+
 def test_processes_share_one_download(server):
     entry = entry_at(server, "slow")
     context = multiprocessing.get_context("spawn")

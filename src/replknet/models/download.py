@@ -64,8 +64,8 @@ def fetch_weights(weights: Weights | str, *, progress: bool | None = None) -> Pa
 
     Raises:
         UsageError: unknown name, or `REPLKNET_WEIGHTS` is no folder.
-        RunError: a file found is damaged, or no source could be reached; the message holds every URL with its reason,
-            the file name, and the folder to put it in by hand.
+        RunError: a file found is damaged, it cannot be saved, or no source could be reached; then the message holds
+            every URL with its reason, the file name, and the folder to put it in by hand.
     """
     entry = find_weights(weights) if isinstance(weights, str) else weights
     if found := _find_local(entry):
@@ -78,6 +78,12 @@ def fetch_weights(weights: Weights | str, *, progress: bool | None = None) -> Pa
         except _RefusedError as refusal:
             reasons.append(f"{source.url} ({refusal})")
             _log.info("%s", reasons[-1])
+        except OSError as error:  # those of the network are refusals by now
+            raise RunError(
+                f"the weights {entry.name} cannot be saved as {target}: {error.strerror or error}. Make room, choose "
+                "another cache folder by the environment variable TORCH_HOME, or name a folder that holds "
+                f"{source.file_name} by REPLKNET_WEIGHTS"
+            ) from error
     names = " or ".join(source.file_name for source in entry.sources)
     raise RunError(
         f"the weights {entry.name} could not be downloaded: {'; '.join(reasons)}. Download one of these by hand, "
