@@ -5,5 +5,6 @@ COMMANDS: dict[str, str] = {
     "eval": "score a detector: COCO's average precision of boxes and masks",
     "predict": "find objects in pictures, folders and videos: drawings and COCO JSON",
     "check": "check an annotation file and its pictures",
+    "convert": "write a checkpoint together with its config and class names, merged if asked for",
     "complexity": "count a detector's parameters and multiply-adds",
 }

@@ -151,7 +151,7 @@ def open_detector(
     config, weights = resolve_config(weights, config)
     if image_size is not None:
         resize_test(config, image_size)
-    stored = _stored(weights)
+    stored = stored_classes(weights)
     if stored:
         set_classes(config, len(stored["classes"]))
     model = build_detector(config)
@@ -262,7 +262,7 @@ def _outputs(config: Config) -> int:
     return int(head["num_classes"])
 
 
-def _stored(weights: str | Path | None) -> dict[str, Any] | None:
+def stored_classes(weights: str | Path | None) -> dict[str, Any] | None:
     """Classes that a checkpoint of the Runner, or of MMDetection 2.x, names."""
     if weights is None:
         return None
