@@ -2,7 +2,7 @@
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,38 @@ _HARMLESS = [
 ]
 
 
-def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+class _LogBuffer:
+    """Stands for the logged values that mmengine's Runner keeps beside the weights."""
+
+    min = max = current = mean = None
+
+
+def _log_method(owner: type, name: str) -> None:
+    """Stands for `getattr`, with which those values name the methods above; nothing else may be looked up."""
+    if owner is not _LogBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"the file asks for {name} of {owner}")
+
+
+PLAIN_ARRAYS: list[Any] = [
+    np.ndarray,
+    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+    (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
+    *(type(np.dtype(kind)) for kind in ("uint32", "uint8")),
+]
+"""Arrays of numbers."""
+_RUNNER_LOGS: list[Any] = [
+    *PLAIN_ARRAYS,
+    (_LogBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_log_method, "builtins.getattr"),
+]
+
+
+def read_checkpoint(path: str | Path, *, logs: Sequence[Any] = tuple(_RUNNER_LOGS)) -> Mapping[str, Any]:
     """The mapping in a torch or safetensors file, on the CPU.
+
+    Args:
+        path: the file.
+        logs: what torch's safe reader may make of the logs in a checkpoint of mmengine's Runner; by default nothing.
 
     Raises:
         UsageError: no such file, or a folder.
@@ -42,7 +72,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
     if reason := _why_not_a_checkpoint(head):
         raise RunError(f"{path} is not a checkpoint: {reason}")
-    contents = _read_safetensors(path) if _is_safetensors(head) else _read_torch(path)
+    contents = _read_safetensors(path) if _is_safetensors(head) else _read_torch(path, logs)
     if not isinstance(contents, Mapping):
         raise RunError(f"{path} holds a {type(contents).__name__}, not a state dict")
     return contents
@@ -70,9 +100,9 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         raise RunError(f"{path} is damaged or not a safetensors file: {_short(error)}") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, logs: Sequence[Any]) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals([*_HARMLESS, *logs]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(_unpickling_problem(path, error)) from error

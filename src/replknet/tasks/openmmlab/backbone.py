@@ -19,7 +19,7 @@ from replknet._errors import RunError, UsageError
 from replknet.models.checkpoints import LoadReport, load_checkpoint, read_state_dict
 from replknet.models.family import ARCHITECTURES
 from replknet.models.replknet import RepLKNet
-from replknet.tasks.openmmlab.checkpoint_files import runner_files, weights_file
+from replknet.tasks.openmmlab.checkpoint_files import weights_file
 
 _BACKBONE = re.compile(r"(stem|stages|transitions)\.")
 _RENAMED = {
@@ -124,9 +124,7 @@ def load_backbone(backbone: RepLKNetBackbone, checkpoint: str | Path) -> LoadRep
         UsageError: neither such a name nor a file.
         RunError: damaged, or another network's weights.
     """
-    path = weights_file(checkpoint)
-    with runner_files():
-        tensors = read_state_dict(path)
+    tensors = read_state_dict(weights_file(checkpoint))
     state = {name: tensor for name, tensor in tensors.items() if _BACKBONE.match(name)}
     if not state:
         raise RunError(f"{checkpoint} holds no RepLKNet backbone; its first keys: {', '.join(list(tensors)[:4])}")

@@ -4,19 +4,16 @@ mmengine opens a file that torch's safe reader refuses once more with full pickl
 that goes through `mmengine.runner.CheckpointLoader` (`load_from`, resume, `init_cfg` of other modules) is read so.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
 from replknet._errors import UsageError
-from replknet.models._checkpoint_files import read_checkpoint
+from replknet.models._checkpoint_files import PLAIN_ARRAYS, read_checkpoint
 from replknet.models.download import fetch_weights
 from replknet.models.weights import WEIGHTS
 
@@ -30,23 +27,7 @@ def _history_method(owner: type, name: str) -> Any:
     return getattr(owner, name)
 
 
-_PLAIN: list[Any] = [
-    HistoryBuffer,
-    (_history_method, "builtins.getattr"),
-    np.ndarray,
-    np.dtype,
-    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
-    (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
-    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool")),
-]
-"""What the Runner keeps beside tensors: logged values as arrays of numbers."""
-
-
-@contextmanager
-def runner_files() -> Iterator[None]:
-    """Inside, torch's safe reader knows the Runner's log buffers."""
-    with torch.serialization.safe_globals(_PLAIN):
-        yield
+_LOGS: list[Any] = [*PLAIN_ARRAYS, HistoryBuffer, (_history_method, "builtins.getattr")]
 
 
 def read_runner_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -59,7 +40,7 @@ def read_runner_checkpoint(path: str | Path) -> Mapping[str, Any]:
         UsageError: neither.
         RunError: damaged, or a file that would run code.
     """
-    return _read(weights_file(path))
+    return read_checkpoint(weights_file(path), logs=_LOGS)
 
 
 def weights_file(checkpoint: str | Path) -> Path:
@@ -79,13 +60,12 @@ def weights_file(checkpoint: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    with runner_files():
-        return read_checkpoint(path)
-
-
 def _load(filename: str, map_location: Any = None) -> Mapping[str, Any]:
-    return _moved(read_runner_checkpoint(filename), map_location)
+    contents = dict(read_runner_checkpoint(filename))
+    if isinstance(meta := contents.get("meta"), dict):
+        # The config's text in files of mmcv's Runner, which mmengine would execute on resuming.
+        meta.pop("config", None)
+    return _moved(contents, map_location)
 
 
 def _moved(value: Any, map_location: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 
 from replknet._errors import RunError, UsageError
 from replknet.models.checkpoints import LoadReport, load_checkpoint
-from replknet.tasks.openmmlab.checkpoint_files import read_runner_checkpoint
+from replknet.tasks.openmmlab.checkpoint_files import read_runner_checkpoint, weights_file
 from replknet.tasks.processes import process_device
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -94,6 +94,8 @@ def train(
     output = Path(output)
     if not resume and (output / "last_checkpoint").exists():
         raise UsageError(f"{output} holds a run already: go on with --resume true, or choose another --output")
+    if weights is not None:
+        weights = weights_file(weights)
     config.work_dir, config.resume = str(output), resume
     _set_precision(config, precision)
     if seed is not None:
