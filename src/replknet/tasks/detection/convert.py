@@ -10,7 +10,7 @@ from mmengine.config import Config
 from replknet._errors import RunError, UsageError
 from replknet._files import replacing
 from replknet.layers import reparameterize
-from replknet.tasks.detection.detector import build_detector, resolve_config, set_classes, stored_classes
+from replknet.tasks.detection.detector import build_detector, outputs_of, resolve_config, set_classes, stored_classes
 from replknet.tasks.detection.official import coco_meta
 from replknet.tasks.openmmlab.runner import load_weights
 
@@ -49,10 +49,11 @@ def convert(
         raise UsageError(f"{target} exists; choose another name or ask to overwrite it")
     config, weights = resolve_config(str(source), config)
     stored = stored_classes(weights)
-    names = list(classes) if classes is not None else list((stored or {}).get("classes") or ())
+    names: list[str] = list((stored or {}).get("classes") or ()) if classes is None else list(classes)
     if names:
         set_classes(config, len(names))
     detector = build_detector(config)
+    assert weights is not None
     try:
         report = load_weights(detector, weights)
     except RunError as error:
@@ -63,7 +64,7 @@ def convert(
     if merged:
         reparameterize(detector.eval().backbone, fold_norms=False)  # type: ignore[arg-type]
         config.model.backbone.form = form = "merged"
-    meta = _meta(names, stored, detector)
+    meta = _meta(names, stored, outputs_of(config))
     config.model.backbone.init_cfg = None
     contents = {"meta": {"cfg": config.pretty_text, "dataset_meta": meta}, "state_dict": detector.state_dict()}
     with replacing(target) as temporary:
@@ -71,9 +72,7 @@ def convert(
     return f"{source} -> {target}: {len(report.matched)} tensors, {len(meta['classes'])} classes, {form} form"
 
 
-def _meta(names: list[str], stored: dict[str, Any] | None, detector: Any) -> dict[str, Any]:
-    head = getattr(detector, "roi_head", detector).bbox_head
-    outputs = int((head[0] if isinstance(head, torch.nn.ModuleList) else head).num_classes)
+def _meta(names: list[str], stored: dict[str, Any] | None, outputs: int) -> dict[str, Any]:
     coco = coco_meta()
     if not names:
         names = coco["classes"] if outputs == len(coco["classes"]) else [str(label) for label in range(outputs)]

@@ -158,7 +158,7 @@ def open_detector(
     if weights is not None:
         load_weights(model, weights)
     model = prepare_for_inference(model, merged=merged)
-    classes, ids = _classes(config, stored, _outputs(config))
+    classes, ids = _classes(config, stored, outputs_of(config))
     chosen = torch.device(device)
     source = "untrained" if weights is None else Path(weights).name
     return OpenedDetector(model.to(chosen), config, classes, ids, _pipeline(config), chosen, precision, source)
@@ -255,7 +255,8 @@ def scaled(scale: Sequence[int], factor: float) -> tuple[int, int]:
     return round(scale[0] * factor), round(scale[1] * factor)
 
 
-def _outputs(config: Config) -> int:
+def outputs_of(config: Config) -> int:
+    """Classes that the config's detector tells apart."""
     roi = config.model.get("roi_head") or {}
     head = roi.get("bbox_head") or config.model.get("bbox_head")
     head = head[0] if isinstance(head, (list, tuple)) else head
