@@ -3,4 +3,5 @@
 COMMANDS: dict[str, str] = {
     "op": "the depthwise convolution, forward and gradients, against torch's own",
     "model": "whole networks, inference and training, against any timm model",
+    "segmentor": "whole segmentors, from pixels to logits",
 }
