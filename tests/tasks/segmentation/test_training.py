@@ -22,9 +22,9 @@ import replknet.tasks.segmentation  # noqa: E402, F401
 from replknet.tasks.openmmlab.checkpoint_files import read_runner_checkpoint  # noqa: E402
 from replknet.tasks.segmentation.evaluation import evaluate_segmentor  # noqa: E402
 from replknet.tasks.segmentation.labels import read_labels  # noqa: E402
-from replknet.tasks.segmentation.segmentor import open_segmentor  # noqa: E402
+from replknet.tasks.segmentation.segmentor import open_segmentor, resolve_config  # noqa: E402
 
-from .conftest import one_thread  # noqa: E402
+from .conftest import RECIPES, one_thread, save  # noqa: E402
 
 # The first test that asks for the trained network waits for a minute or two of training.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -190,3 +190,63 @@ def test_mixed_precision_trains(precision, small_config, tmp_path):
     config = (tmp_path / "run" / "small.py").read_text()
     assert "AmpOptimWrapper" in config
     assert "bfloat16" in config
+
+
+def test_a_label_that_a_worker_finds_wrong_ends_the_training_with_one_line(small_config, crops, replknet, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for path in (crops / kind).iterdir():
+            (tmp_path / "data" / kind / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data" / "classes.txt").write_text((crops / "classes.txt").read_text())
+    for path in (tmp_path / "data" / "labels").iterdir():
+        Image.fromarray(read_labels(path) + 1).save(path)
+    words = ["segment", "train", "--config", small_config(), "--data", tmp_path / "data", "--output", tmp_path / "run"]
+    options = ["train_dataloader.num_workers=1", "train_cfg.max_iters=2"]
+    failed = replknet(*words, "--device", "cpu", "--cfg_options", *options, code=1)
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("replknet: ")]
+    assert len(lines) == 1
+    assert re.search(r"label map .*\.png holds 12, the class list has 12 .*labels start at 1", lines[0])
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+def test_the_releases_pipelines_run(kind, crops, replknet, tmp_path):
+    """One step and one score of a release's recipe, with a small backbone, on data in the original's layout."""
+    for number, path in enumerate(sorted((crops / "images").iterdir())[:2]):
+        labels = read_labels(crops / "labels" / path.name)
+        for split, ade in (("train", "training"), ("val", "validation")):
+            with Image.open(path) as picture:
+                if kind == "ade20k":
+                    save(tmp_path / "images" / ade / f"{number}.jpg", np.asarray(picture))
+                    save(tmp_path / "annotations" / ade / f"{number}.png", labels + 1)
+                else:
+                    save(tmp_path / f"leftImg8bit/{split}/a/{number}_leftImg8bit.png", np.asarray(picture))
+                    save(tmp_path / f"gtFine/{split}/a/{number}_gtFine_labelTrainIds.png", labels)
+    recipe = {"ade20k": "replknet_31b_1k_upernet_ade20k_512", "cityscapes": "replknet_31b_1k_upernet_cityscapes_769"}
+    options = ["model.backbone.model=replknet_nano", "model.backbone.stem_stride=4", "model.backbone.init_cfg=None"]
+    options += ["model.decode_head.in_channels=[24, 48, 96, 192]", "model.decode_head.channels=16"]
+    options += ["model.auxiliary_head.in_channels=96", "model.backbone.grad_checkpointing=False"]
+    options += ["train_cfg.max_iters=1", "optim_wrapper.constructor=RepLKNetLayerDecay"]
+    options += ["optim_wrapper.paramwise_cfg={'_delete_': True, 'decay_rate': 0.7}", "model.backbone.frozen_stages=1"]
+    for loader in ("train", "val", "test"):
+        options += [f"{loader}_dataloader.num_workers=0", f"{loader}_dataloader.persistent_workers=False"]
+    words = ["--config", RECIPES / f"{recipe[kind]}.py", "--data", tmp_path, "--output", tmp_path / "run"]
+    done = replknet("segment", "train", *words, "--device", "cpu", "--cfg_options", *options)
+    assert re.search(r"Iter\(val\) \[2/2\] +aAcc: [\d.]+ +mIoU", done.stdout)
+
+
+def test_sizes_and_mirrors_are_scored_as_they_are_predicted(trained_run, crops, tmp_path):
+    """`--tta` of eval and predict agree; sizes here are those of the crops, not the recipe's."""
+    weights = last(trained_run)
+    config = resolve_config(weights, None)[0]
+    for resize in config.tta_pipeline[1]["transforms"][0]:
+        resize["scale"] = tuple(side // 8 for side in resize["scale"])
+    opened = open_segmentor(weights, config=config, tta=True)
+    matrix = MulticlassConfusionMatrix(12, ignore_index=255)
+    for path in sorted((crops / "images").iterdir()):
+        want = read_labels(crops / "labels" / path.name)
+        matrix.update(torch.from_numpy(opened.segment(path)), torch.from_numpy(want.astype(np.int64)))
+    counts = matrix.compute().double()
+    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
+    found = evaluate_segmentor(weights, config=config, output=tmp_path, tta=True, device="cpu")
+    assert found["mIoU"] == pytest.approx(100 * float(iou.nanmean()), abs=0.006)
