@@ -1,15 +1,19 @@
 """One of the processes of a two-process training on CPUs (gloo), started by torchrun or alone.
 
-Usage: _ddp_child.py CONFIG.json [REDUCTIONS.json]; writes how often gradients were reduced between processes.
+Usage: _ddp_child.py CONFIG.json REDUCTIONS.json [STEP]; writes how often gradients were reduced between processes. With
+STEP, process 0 gets a signal to stop in that step.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 
 from replknet.data import NO_AUGMENTATION, LoaderConfig
 from replknet.tasks.train import TrainConfig, train
@@ -27,7 +31,7 @@ class CountReductions(lightning.Callback):
         for module in pl_module.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-        if trainer.world_size > 1:
+        if isinstance(trainer.strategy, DDPStrategy):
             trainer.model.register_comm_hook(None, self._reduce)
 
     def _reduce(self, state, bucket):
@@ -37,12 +41,15 @@ class CountReductions(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.steps += 1
+        if len(sys.argv) > 3 and trainer.global_step + 1 == int(sys.argv[3]) and trainer.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 torch.set_num_threads(1)
 config = json.loads(Path(sys.argv[1]).read_text())
-config |= {"augmentation": NO_AUGMENTATION, "loader": LoaderConfig(workers=0), "hardware": Hardware(accelerator="cpu")}
+hardware = Hardware(accelerator="cpu", strategy=config.pop("strategy"))
+config |= {"augmentation": NO_AUGMENTATION, "loader": LoaderConfig(workers=0), "hardware": hardware}
 count = CountReductions()
 train(TrainConfig(**config), callbacks=[count])
-if len(sys.argv) > 2 and (not dist.is_initialized() or dist.get_rank() == 0):
+if not dist.is_initialized() or dist.get_rank() == 0:
     Path(sys.argv[2]).write_text(json.dumps({"reductions": count.buckets, "steps": count.steps}))

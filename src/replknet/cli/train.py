@@ -18,6 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from replknet import _env
 from replknet.tasks.train import TrainConfig, train
 
 
@@ -30,6 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     result = train(config_from(args))
+    if not _env.is_first_process():
+        return
     scores = ", ".join(f"{name} {value:.2f}" for name, value in result.final.items())
     print(f"{result.steps} steps in {result.seconds:.0f} s" + (f"; {scores}" if scores else ""))
     print(result.best or result.last)

@@ -6,8 +6,11 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from replknet.data import IGNORE
 from replknet.tasks.mixing import Mixing, MixingConfig
@@ -105,6 +108,12 @@ class Classification(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def configure_model(self) -> None:
+        """Lightning's place for sharding; does nothing under any other strategy."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.optimization
         groups = parameter_groups(self.model, weight_decay=settings.weight_decay(0), layer_decay=settings.layer_decay)
@@ -174,6 +183,24 @@ class Classification(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["model_ema"])
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the parameters of `model` over `mesh` by torch's `fully_shard`, in place, part by part.
+
+    Parts are the members of its `nn.Sequential`s (blocks, stages), which are gathered when they run; what is left goes
+    with the whole. Names stay as they are, and so do layer groups and checkpoints. On GPUs batch norms are
+    synchronised, as under DDP.
+    """
+    if mesh.device_type == "cuda" and mesh.size() > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    containers = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    # The inner parts first: a part holds what its own parts do not.
+    for container in reversed(containers):
+        for part in container.children():
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -320,10 +320,8 @@ def _checked(config: TrainConfig) -> TrainConfig:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
     if not 0 <= config.ema_decay < 1:
         raise UsageError(f"ema_decay must be in [0, 1), got {config.ema_decay}")
-    if config.hardware.strategy == "fsdp" and (config.ema_decay or config.layer_decay != 1):
-        raise UsageError(
-            "--strategy fsdp shards the weights: it has no EMA and no layer decay; set ema_decay 0 and layer_decay 1"
-        )
+    if config.hardware.strategy == "fsdp" and config.ema_decay:
+        raise UsageError("--hardware.strategy fsdp shards the weights and keeps no average of them: set ema_decay 0")
     return config
 
 

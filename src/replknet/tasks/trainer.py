@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from replknet import _env
 from replknet._errors import UsageError
@@ -51,7 +51,8 @@ class Hardware:
             submitit the launcher decides.
         nodes: machines; the launcher decides where there is one.
         precision: "fp32"; "bf16" and "fp16" are mixed precision, weights stay in float32.
-        strategy: "auto" (one process, or DDP for more), "ddp", or "fsdp" for models too large for one device.
+        strategy: "auto" (one process, or DDP for more), "ddp", or "fsdp", which shards weights,
+            gradients and optimizer state over the processes, for models too large for one device.
     """
 
     accelerator: str = "auto"
@@ -94,7 +95,7 @@ def make_trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=nodes,
-            strategy=_strategy(hardware.strategy, many, accelerator, devices),
+            strategy=_strategy(hardware.strategy, accelerator, devices, nodes),
             precision=_LIGHTNING_PRECISION[hardware.precision],  # type: ignore[arg-type]
             plugins=[AtomicCheckpointIO(), *_environment(launch)],
             max_epochs=epochs,
@@ -125,13 +126,20 @@ class ValidateLastEpoch(lightning.Callback):
             trainer.check_val_every_n_epoch = 1
 
 
-def _strategy(name: str, many: bool, accelerator: str, devices: int | str) -> Strategy | str:
+def _strategy(name: str, accelerator: str, devices: int | str, nodes: int) -> Strategy | str:
+    many = devices != 1 or nodes != 1
+    backend = "gloo" if accelerator == "cpu" else None
     if name == "fsdp":
-        if accelerator == "cpu":
-            raise UsageError("--strategy fsdp needs GPUs; use ddp on CPUs")
-        return FSDPStrategy(state_dict_type="full", sharding_strategy="FULL_SHARD")
+        # Lightning's strategy for torch's fully_shard; `Classification.configure_model` says what is sharded.
+        return ModelParallelStrategy(
+            data_parallel_size=nodes * (devices if isinstance(devices, int) else torch.cuda.device_count()),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    # "auto" devices on GPUs may turn out to be one: Lightning then uses DDP with one process, which changes nothing.
     if name == "ddp" or many:
-        return DDPStrategy(find_unused_parameters=False, process_group_backend="gloo" if accelerator == "cpu" else None)
+        return DDPStrategy(find_unused_parameters=False, process_group_backend=backend)
     return "auto"
 
 
