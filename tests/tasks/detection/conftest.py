@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 pytest.importorskip("mmdet", reason="needs pip install 'replknet[detection]'")
+# Before anything of mmdet: it puts the operators in place that mmdet imports.
+pytest.importorskip("replknet.tasks.detection", reason="needs pip install 'replknet[detection]'")
 
 import imgviz
 import numpy as np
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as run_lengths
 
@@ -101,3 +106,33 @@ def small_detector(small_config) -> Callable[..., torch.nn.Module]:
         return build_detector(config).eval()
 
     return make
+
+
+def losses_of(detector: torch.nn.Module, masks: bool, size: tuple[int, int] = (96, 128)) -> dict[str, torch.Tensor]:
+    """Losses of one step on a picture with two objects, by mmdet's own data structures.
+
+    Args:
+        detector: in training mode.
+        masks: give the objects masks.
+        size: height and width of the picture.
+    """
+    height, width = size
+    meta = {"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0), "img_id": 1}
+    share = torch.tensor([width, height, width, height])
+    instances = InstanceData()
+    instances.bboxes = torch.tensor([[0.06, 0.1, 0.47, 0.73], [0.55, 0.21, 0.94, 0.94]]) * share
+    instances.labels = torch.tensor([3, 5])
+    if masks:
+        painted = np.zeros((2, height, width), np.uint8)
+        for mask, (x1, y1, x2, y2) in zip(painted, instances.bboxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        instances.masks = BitmapMasks(painted, height, width)
+    sample = DetDataSample(metainfo=meta)
+    sample.gt_instances = instances
+    pixels = torch.randint(0, 255, (3, *size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    batch = detector.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, True)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    found = detector(**batch, mode="loss")
+    flat = {k: sum(v) if isinstance(v, list) else v for k, v in found.items()}
+    return {k: v for k, v in flat.items() if "loss" in k}

@@ -27,6 +27,8 @@ from replknet.tasks.detection.detector import (
 from replknet.tasks.detection.official import COCO_CATEGORY_IDS, official_config, official_detector
 from replknet.tasks.openmmlab.runner import load_weights
 
+from .conftest import losses_of
+
 OFFICIAL = [name for name, entry in WEIGHTS.items() if entry.task == "detection"]
 
 
@@ -297,32 +299,6 @@ def test_why_boxes_need_float32(small_detector):
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert (points[torch.bfloat16] - points[torch.float32]).abs().max() == 4
-
-
-def losses_of(detector: nn.Module, masks: bool) -> dict[str, torch.Tensor]:
-    """Losses of one step on a picture with two objects, by mmdet's own data structures."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    sample = DetDataSample(
-        metainfo={"img_shape": (96, 128), "ori_shape": (96, 128), "scale_factor": (1.0, 1.0), "img_id": 1}
-    )
-    instances = InstanceData()
-    instances.bboxes = torch.tensor([[8.0, 10, 60, 70], [70, 20, 120, 90]])
-    instances.labels = torch.tensor([3, 5])
-    if masks:
-        painted = np.zeros((2, 96, 128), np.uint8)
-        painted[0, 10:70, 8:60] = painted[1, 20:90, 70:120] = 1
-        instances.masks = BitmapMasks(painted, 96, 128)
-    sample.gt_instances = instances
-    pixels = torch.randint(0, 255, (3, 96, 128), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    batch = detector.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, True)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    found = detector(**batch, mode="loss")
-    flat = {k: sum(v) if isinstance(v, list) else v for k, v in found.items()}
-    return {k: v for k, v in flat.items() if "loss" in k}
 
 
 def test_checkpointing_gives_the_same_gradients(small_detector, method):

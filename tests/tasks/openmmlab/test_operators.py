@@ -234,6 +234,21 @@ print(operators.place_operators())
     assert any("undefined symbol: _ZN2at4_ops5zeros" in line for line in lines)
 
 
+def test_mmdet_must_not_come_first():
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import mmdet.structures.mask
+from replknet._errors import UsageError
+from replknet.tasks.openmmlab import operators
+try:
+    operators.place_operators()
+except UsageError as error:
+    print(error)
+"""
+    assert "import replknet.tasks.detection first" in in_a_new_process(code)
+
+
 def test_the_module_answers_as_a_module_does():
     module = sys.modules[operators.NAME]
     assert isinstance(module, ModuleType)

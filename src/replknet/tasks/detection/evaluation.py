@@ -1,6 +1,7 @@
 """Scores of a detector on a COCO data set, before or after merging."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,8 @@ def _test_config(opened: OpenedDetector, paths: DataPaths, batch_size: int, work
         "test_evaluator": {"type": "CocoScores", "ann_file": "", "metric": kinds},
         "custom_hooks": [{"type": "Float32Boxes"}],
         "log_level": "INFO",
+        # mmengine's default is the second of the clock, which two scorings may share.
+        "experiment_name": f"detect-eval-{uuid.uuid4().hex[:8]}",
     }
     made["model"]["backbone"] = {**config.model.backbone, "init_cfg": None}
     return Config(ConfigDict(made))

@@ -1,5 +1,6 @@
 """A config made ready for one's data and budget: where the data lie, which classes they have, if they are whole."""
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def train_detector(
     notes = use_training_data(config, paths, progress)
     if on_notes is not None:
         on_notes(notes)
+    # mmengine's default is the second of the clock, which two trainings may share.
+    config.setdefault("experiment_name", f"detect-train-{uuid.uuid4().hex[:8]}")
     if weights is not None or backbone == "none":
         config.model.backbone.init_cfg = None
     elif backbone is not None:

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from replknet._errors import UsageError
+
 _log = logging.getLogger(__name__)
 
 NAME = "mmcv._ext"
@@ -38,6 +40,9 @@ def place_operators() -> Literal["compiled", "torchvision"]:
 
     Returns:
         "compiled" where mmcv has operators of its own, which are then used; else "torchvision".
+
+    Raises:
+        UsageError: mmdet was imported before, and has settled for doing without operators.
     """
     loaded = sys.modules.get(NAME)
     if loaded is not None:
@@ -50,11 +55,20 @@ def place_operators() -> Literal["compiled", "torchvision"]:
             _log.warning("mmcv's compiled operators cannot be loaded (%s); torchvision's take their place", reason)
         else:
             return "compiled"
+    if early := next((name for name in sys.modules if name.startswith("mmdet.") and _uses_operators(name)), None):
+        raise UsageError(
+            f"{early} was imported before its operators were in place: import replknet.tasks.detection first"
+        )
     module = _Operators(NAME, __doc__)
     module.__spec__ = ModuleSpec(NAME, None)
     sys.modules[NAME] = module
     setattr(importlib.import_module("mmcv"), "_ext", module)  # noqa: B010 - no attribute that mmcv declares
     return "torchvision"
+
+
+def _uses_operators(name: str) -> bool:
+    """Whether a module of mmdet has looked for mmcv's operators and found none."""
+    return any(getattr(sys.modules[name], function, None) is not None for function in ("roi_align", "batched_nms"))
 
 
 class _Operators(ModuleType):
