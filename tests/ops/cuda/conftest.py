@@ -25,6 +25,12 @@ def simulation() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def ring() -> ModuleType:
+    """The rings of the channels_last kernels."""
+    return _load("ring")
+
+
+@pytest.fixture(scope="session")
 def elf() -> ModuleType:
     """A reader of cubins."""
     return _load("elf")

@@ -6,10 +6,14 @@ with one value for two bytes, and holds NaN wherever nothing was written.
 """
 
 import functools
+import itertools
 import math
 import random
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from replknet.ops.cuda import _plan
 from replknet.ops.cuda._plan import columns_of, round_up
@@ -84,10 +88,47 @@ class Table:
         return (t & 1) * self.copy + (t >> 1) * 8
 
 
-class Forward:
-    """struct Forward; addresses are vectors over the lanes, the row of zeros lies at 0."""
+class StageRows:
+    """Addresses of the lanes' rows and of rows ahead of them; a row of zeros above and below the image."""
 
-    def __init__(self, kh, kw, columns, ni, mt):
+    def __init__(self, xs, row, rows, zero, pitch):
+        self.at, self.row, self.rows, self.zero, self.pitch = xs + row * pitch, row, rows, zero, pitch
+
+    def address(self, ahead=0):
+        row = self.row + ahead
+        return np.where((row >= 0) & (row < self.rows), self.at + ahead * self.pitch, self.zero)
+
+    def next(self):
+        self.row, self.at = self.row + 2, self.at + 2 * self.pitch
+
+
+class RingRows:
+    """The same in a ring of rows; addresses are 32-bit numbers without a sign."""
+
+    def __init__(self, xs, ring_row, ring_rows, row, rows, zero, pitch):
+        self.at = _u32(xs + np.where(ring_row >= ring_rows, ring_row - ring_rows, ring_row) * pitch)
+        self.row, self.rows, self.zero, self.pitch = row, rows, zero, pitch
+        self.first, self.end, self.bytes = xs, xs + ring_rows * pitch, ring_rows * pitch
+
+    def address(self, ahead=0):
+        at, row = _u32(self.at + ahead * self.pitch), self.row + ahead
+        at, inside = np.where(at >= self.end, at - self.bytes, at), (row >= 0) & (row < self.rows)
+        assert ((at >= self.first) & (at < self.end))[inside].all(), "a row outside the ring"
+        return np.where(inside, at, self.zero)
+
+    def next(self):
+        self.row, self.at = self.row + 2, _u32(self.at + 2 * self.pitch)
+        self.at = np.where(self.at >= self.end, _u32(self.at - self.bytes), self.at)
+
+
+def _u32(value):
+    return np.asarray(value, np.int64) & 0xFFFFFFFF
+
+
+class Forward:
+    """struct Forward; addresses are vectors over the lanes. warps: all of a block."""
+
+    def __init__(self, kh, kw, columns, ni, mt, warps=16, blocks=1):
         self.kh, self.columns, self.ni, self.mt = kh, columns, ni, mt
         self.low, self.high = band_limits(kw, columns)
         self.nd, self.p, self.khp, self.gr = self.high - self.low + 1, kh // 2, (kh + 1) & ~1, 16 // ni
@@ -98,6 +139,11 @@ class Forward:
         self.table = Table(kh, kw, self.low, self.high)
         self.table_bytes = round_up(2 * self.table.copy, 128)
         self.img, self.off = (LANE & 15) % ni, (LANE & 15) // ni + (LANE >> 4)
+        self.window, self.registers = self.ts == 2, min(255, 65536 // (32 * blocks * 4 * math.ceil(warps / 4)))
+        spare = self.registers - 44 - mt * columns.outputs * 4 - (2 if self.window else 4) * mt * self.nd
+        few = mt != 2 or (self.window and columns.inputs < 7)
+        # A division in C++ goes towards zero.
+        self.ahead = 1 if few else max(1, min(columns.inputs, int(spare / 4) - 1))
 
     def fragments(self, memory, table, e):
         b = np.zeros((self.nd, 2, 32, 2))
@@ -114,40 +160,39 @@ class Forward:
             if 0 <= d < self.nd:
                 mma(acc[j], a, b[d])
 
-    def rows(self, memory, xs, x_row, x_rows):
-        return np.where((x_row >= 0) & (x_row < x_rows), xs + x_row * self.pitch, 0)
-
-    def accumulate(self, memory, acc, xs, x_row, x_rows, table, e, e_end):
-        row = self.rows(memory, xs, x_row, x_rows)
-        a = ldmatrix(memory, row)
+    def accumulate(self, memory, acc, rows, table, e, e_end, tiles):
+        inputs, row = self.columns.inputs, rows.address()
+        a = [ldmatrix(memory, row + c * 16) for c in range(self.ahead)]
         b = [self.fragments(memory, table, e - self.ts * t) for t in range(self.mt)]
         while True:
-            x_row = x_row + 2
-            following = self.rows(memory, xs, x_row, x_rows)
+            rows.next()
+            following = rows.address()
             active = range(self.mt)
             if self.mt == 2:
-                active = (0,) if e < self.ts else (1,) if e >= self.khp else (0, 1)
-            for c in range(self.columns.inputs):
-                ahead = ldmatrix(memory, row + (c + 1) * 16 if c + 1 < self.columns.inputs else following)
+                active = (0,) if e < self.ts or tiles == 1 else (1,) if e >= self.khp else (0, 1)
+            for c in range(inputs):
+                coming = c + self.ahead
+                a.append(ldmatrix(memory, row + coming * 16 if coming < inputs else following + (coming - inputs) * 16))
                 for t in active:
-                    self.products(acc[t], c, a, b[t])
-                a = ahead
+                    self.products(acc[t], c, a[0], b[t])
+                a.pop(0)
             row, e = following, e + 2
             if e >= e_end:
                 return
-            if self.ts == 2:
+            if self.window:
                 b = [self.fragments(memory, table, e), *b[:-1]]
             else:
                 b = [self.fragments(memory, table, e - self.ts * t) for t in range(self.mt)]
 
-    def accumulate_apart(self, memory, acc, xs, x_row, x_rows, table, e, e_end):
+    def accumulate_apart(self, memory, acc, rows, table, e, e_end, tiles):
         for step in range(e, e_end, 2):
-            row = self.rows(memory, xs, x_row + step - e, x_rows)
-            for t in range(self.mt):
+            row = rows.address()
+            for t in range(tiles):
                 if 0 <= step - self.ts * t < self.khp:
                     b = self.fragments(memory, table, step - self.ts * t)
                     for c in range(self.columns.inputs):
                         self.products(acc[t], c, ldmatrix(memory, row + c * 16), b)
+            rows.next()
 
 
 def load_rows(memory, to, images, row0, n_rows, left, stride, pitch, blocks):
@@ -237,14 +282,17 @@ def forward_tasks(k, memory, out, item, shape, xs, table, stride, item_images, s
         e0, e1 = max(0, k.p - h0 - k.gr) & ~1, min(k.khp + k.ts * (k.mt - 1), shape.h - h0 + k.p)
         acc = np.zeros((k.mt, k.columns.outputs, 4, 32))
         at = xs + (k.img + state[0] * k.ni) * stride
-        k.accumulate(memory, acc, at, h0 + k.off + e0 - k.p - item["x0"], item["x_rows"], table, e0, e1)
+        rows = StageRows(at, h0 + k.off + e0 - k.p - item["x0"], item["x_rows"], 0, k.pitch)
+        k.accumulate(memory, acc, rows, table, e0, e1, k.mt)
         for half in range(2):
             store_half(k, out, acc, half, item, store, h0, state[0])
 
 
 def forward_nchw(x, weight, plan, shape, tile, *, flip=False):
     columns, rng = columns_of(shape.w, shape.kw), random.Random(0)
-    k, out = Forward(shape.kh, shape.kw, columns, tile.images, tile.tiles), Result(x.shape)
+    warps = tile.warps + tile.producers
+    k = Forward(shape.kh, shape.kw, columns, tile.images, tile.tiles, warps, tile.blocks)
+    out = Result(x.shape)
     assert plan.launch.shared_bytes == _plan.HEAD + k.zero + tile.stages * (
         k.table_bytes + plan.stride * plan.item_images
     )
@@ -290,18 +338,17 @@ class WeightGrad:
         self.wg = math.ceil(self.kq / pairs)
         self.kx, self.ky = (LANE & 7) + 8 * (LANE >> 4), LANE & 15
 
-    def accumulate(self, memory, acc, xs, x_row, x_rows, ys, y_row, y_rows, q_lo, q_hi):
+    def accumulate(self, memory, acc, rows, ys, y_row, y_rows, zero, q_lo, q_hi):
         dy = np.empty((self.hb, self.jp, 4, 32, 2))
         for b in range(self.hb):
             r = y_row + 2 * b
-            at = np.where((r >= 0) & (r < y_rows), ys + r * self.y_pitch, 0) + (LANE >> 4) * 16
+            at = np.where((r >= 0) & (r < y_rows), ys + r * self.y_pitch, zero) + (LANE >> 4) * 16
             for j in range(self.jp):
                 dy[b, j] = ldmatrix(memory, at + j * 32, transposed=True)
         every = q_lo <= 0 and q_hi >= self.r + self.hb - 2
         for q in range(self.r + self.hb - 1):
             if every or q_lo <= q <= q_hi:
-                r = x_row + 2 * q
-                self.multiply(memory, acc, np.where((r >= 0) & (r < x_rows), xs + r * self.x_pitch, 0), dy, q)
+                self.multiply(memory, acc, rows.address(2 * q), dy, q)
 
     def multiply(self, memory, acc, at, dy, q):
         for c in range(self.columns.inputs):
@@ -380,93 +427,339 @@ def weight_grad_item(k, acc, x, dy, item, plan, shape, n_groups, n_rows):
                 xs + (group * k.ni + k.kx % k.ni) * plan.x_stride,
                 ys + (group * k.ni + k.ky % k.ni) * plan.y_stride,
             )
-            k.accumulate(memory, acc[warp], xg, x_row, x_rows, yg, h + k.ky // k.ni, rows, q_lo, q_hi)
+            x_lines = StageRows(xg, x_row, x_rows, 0, k.x_pitch)
+            k.accumulate(memory, acc[warp], x_lines, yg, h + k.ky // k.ni, rows, 0, q_lo, q_hi)
 
 
 # ---- channels_last.cu
-def plane_block(planes, b, blocks, pitch):
-    return planes + b // blocks * pitch + b % blocks * 16
+BARRIERS = 512
+# Planes of x and of the weight (or of dy) of every product; test_planes holds them to the header.
+TERMS = {1: [(0, 0)], 2: [(1, 0), (0, 1), (0, 0)], 3: [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]}
 
 
-def to_planes(memory, planes, pixels, n_rows, plane, blocks, pitch):
-    count = n_rows * blocks
-    for b in range(0, count, 4):
-        r = ldmatrix(
-            memory, pixels + np.where(b * 8 + LANE < count * 8, b * 8 + LANE, 0) * 16, transposed=True
-        )  # matrix i: 8 pixels x 8 channels
-        for i in range(min(4, count - b)):
-            to = plane_block(planes, b + i, blocks, pitch) + (LANE >> 2) * plane + (LANE & 3) * 4
-            memory[to[:, None] // 2 + _p] = r[i]
+def movmatrix(v):
+    """The 8x8 matrix of whose row g thread (g, q) holds columns 2 q and 2 q + 1, transposed: [32, 2] to [32, 2]."""
+    m = np.empty((8, 8))
+    m[G[:, None], 2 * Q[:, None] + _p] = v
+    return m.T[G[:, None], 2 * Q[:, None] + _p]
 
 
-def from_planes(memory, y, planes, n_rows, cols, plane, blocks, pitch):
-    """y: [rows, columns, channels] from the item's first element on; returns how often each was written."""
-    writes, count = np.zeros(y.shape, int), n_rows * blocks
-    for b in range(0, count, 4):
-        mine = b + (LANE >> 3)
-        at = np.array([plane_block(planes, m if m < count else 0, blocks, pitch) for m in mine]) + (LANE & 7) * plane
-        r = ldmatrix(memory, at, transposed=True)
-        for i in range(4):
-            row = (b + i) // blocks
-            for lane in LANE:
-                col, channel = (b + i) % blocks * 8 + (lane >> 2), 2 * (lane & 3)
-                if row < n_rows and col < cols:
-                    for p in (p for p in range(2) if channel + p < y.shape[2]):
-                        y[row, col, channel + p] = r[i, lane, p]
-                        writes[row, col, channel + p] += 1
-    return writes
+def peel(v):
+    """The next bfloat16 plane of float32 values, and what is left of them."""
+    bits = v.astype(np.float32).view(np.uint32)
+    plane = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return plane.astype(float), (v.astype(np.float32) - plane).astype(float)
 
 
-def forward_nhwc(x, weight, plan, shape, tile):
-    """x: [N, H, W, C]; one block of up to 8 channels."""
-    columns, (n_images, height, width, channels) = tile.columns, x.shape
-    k, y, writes = Forward(shape.kh, shape.kw, columns, tile.images, tile.tiles), x * np.nan, np.zeros(x.shape, int)
-    tables, planes = k.zero, k.zero + 8 * k.table_bytes
-    pixels = planes + round_up(8 * plan.plane, 128)
-    for n0 in range(0, n_images, plan.item_images):
-        for row0 in range(0, height, plan.item_rows):
-            for col0 in range(0, width, columns.outputs * 8):
-                rows, x0 = min(plan.item_rows, height - row0), max(0, row0 - k.p)
-                x_rows = min(height, row0 + rows + k.p) - x0
-                images = x[n0 : n0 + plan.item_images]
-                memory = np.full((plan.launch.shared_bytes - _plan.HEAD) // 2, np.nan)
-                memory[: k.zero // 2] = 0
-                padded = np.zeros((len(images), x_rows, columns.inputs * 8, 8))
-                left = col0 - 8 * columns.offset
-                lo, hi = max(0, left), min(width, left + columns.inputs * 8)
-                padded[:, :, lo - left : hi - left, :channels] = images[:, x0 : x0 + x_rows, lo:hi]
-                memory[pixels // 2 : pixels // 2 + padded.size] = padded.reshape(-1)
-                for i in range(len(images)):
-                    at = pixels + i * x_rows * columns.inputs * 128
-                    to_planes(memory, planes + i * plan.stride, at, x_rows, plan.plane, columns.inputs, k.pitch)
-                for warp in range(channels):
-                    k.table.build(memory, tables + warp * k.table_bytes, weight[warp], False, 32)
-                    nhwc_warp(k, memory, planes, tables, warp, plan, len(images), row0, rows, x0, x_rows, height)
-                for i in range(len(images)):
-                    part = np.s_[n0 + i, row0 : row0 + rows, col0:]
-                    writes[part] += from_planes(
-                        memory, y[part], planes + i * plan.stride, rows, width - col0, plan.plane, columns.outputs,
-                        k.pitch,
-                    )  # fmt: skip
-    assert (writes == 1).all()
-    return y
+@dataclass(frozen=True)
+class RingLayout:
+    """Where things lie in the ring, in bytes; channels of a group from `channels` on have no plane."""
+
+    base: int
+    channels: int
+    stride: int
+    plane: int
+    group: int
+    set: int
 
 
-def nhwc_warp(k, memory, planes, tables, warp, plan, images, row0, rows, x0, x_rows, height):
-    e0, e1 = max(0, k.p - row0 - k.gr) & ~1, min(k.khp + k.ts * (k.mt - 1), height - row0 + k.p)
-    mine, table = planes + warp * plan.plane, tables + warp * k.table_bytes + k.table.lane_offset()
-    for g in range(0, images, k.ni):
-        acc = np.zeros((k.mt, k.columns.outputs, 4, 32))
-        run = k.accumulate if k.ts == 2 else k.accumulate_apart
-        run(memory, acc, mine + (g + k.img) * plan.stride, row0 + k.off + e0 - k.p - x0, x_rows, table, e0, e1)
-        for t in range(k.mt):
-            for half in range(2):
-                m = G + 8 * half
-                h = m // k.ni + k.ts * t
-                for j in range(k.columns.outputs):
-                    at = mine + (g + m % k.ni) * plan.stride + h * k.pitch + j * 16 + Q * 4
-                    ok = h < rows
-                    memory[at[ok, None] // 2 + _p] = acc[t, j, 2 * half : 2 * half + 2].T[ok]
+class Units:
+    """struct Units. `x` and `y` are flat arrays of elements; `size` is that of an element in bytes.
+
+    At most `rows` rows are moved at once, by `warps` warps, each with about `depth` units under way.
+    """
+
+    def __init__(self, size, planes, blocks, pitch, images, groups, width, rows, warps, depth=8):
+        self.size, self.planes, self.blocks, self.pitch, self.ni, self.groups = (
+            size, planes, blocks, pitch, images, groups,
+        )  # fmt: skip
+        self.per, self.line = width // size, blocks * groups
+        self.lines, self.chunks = 1 if self.line > 2 else 4 // self.line, math.ceil(self.line / 4)
+        most = min(math.ceil(rows * images / (self.lines * warps)), depth // ((2 if size == 4 else 1) * self.chunks))
+        self.warps, self.batch, self.pixels = warps, max(1, most), 32 // groups
+
+    def _lane(self, unit):
+        line = unit // self.line if self.lines > 1 else unit * 0
+        return line, (unit % self.line if self.lines > 1 else unit) // self.groups, unit % self.groups
+
+    def _inside(self, block, chunk):
+        return np.full(32, True) if self.lines > 1 else block + chunk * (4 // self.groups) < self.blocks
+
+    def _word(self, ring, block, group):
+        return ring.base + group * ring.group + ((LANE >> 2) & 1) * ring.plane + block * 16 + (LANE & 3) * 4
+
+    def _read_pixel(self, x, at, limit):
+        v = np.zeros((32, 8))
+        for i in range(8 // self.per):
+            ok = i * self.per < limit
+            assert ((i + 1) * self.per <= limit)[ok].all(), "a read past the last channel"
+            assert (at[ok] % self.per == 0).all(), "a read that is not aligned"
+            v[ok, i * self.per : (i + 1) * self.per] = x[at[ok, None] + i * self.per + np.arange(self.per)]
+        return v
+
+    def load(self, ring, slot_row, x, start, images, rows, left, height, width, channels, limit, warp):
+        """(addresses, words, mask) of every store of a warp to shared memory."""
+        (from_line, block, group), to = self._lane(LANE & 3), self._lane(LANE >> 3)
+        lines, col, mine, b = rows * self.ni, left + block * 8 + (LANE >> 2), limit - group * 8, (LANE >> 2) & 1
+        target = self._word(ring, *to[1:]) + slot_row * self.pitch
+        start = start + col * channels + group * 8
+        for l0 in range(warp * self.lines, lines, self.warps * self.lines * self.batch):
+            for k in range(self.batch):
+                step = l0 + k * self.warps * self.lines
+                line, to_line = step + from_line, step + to[0]
+                ok = (line < lines) & (line % self.ni < images)
+                at = start + line % self.ni * height * width * channels + line // self.ni * width * channels
+                for c in range(self.chunks):
+                    column = col + c * self.pixels
+                    there = ok & self._inside(block, c) & (column >= 0) & (column < width)
+                    v = self._read_pixel(x, at + c * self.pixels * channels, np.where(there, mine, 0))
+                    to_at = target + to_line % self.ni * ring.stride + to_line // self.ni * self.pitch
+                    written = (to_line < lines) & self._inside(to[1], c)
+                    for p in range(self.planes):
+                        plane, v = peel(v) if self.size == 4 else (v, v)
+                        for i in range(4):
+                            words = movmatrix(plane[:, 2 * i : 2 * i + 2])
+                            address = to_at + c * self.pixels * 2 + p * ring.set + 2 * i * ring.plane
+                            yield address, words, written & (2 * i + b < ring.channels)
+
+    def store(self, ring, slot_row, memory, images, rows, columns, height, width, channels, limit, warp):
+        """What a warp does: ("read", shared addresses, mask) and ("write", elements from y on, values)."""
+        (from_line, block, group), to = self._lane(LANE >> 3), self._lane(LANE & 3)
+        lines, col, mine, b = rows * self.ni, to[1] * 8 + (LANE >> 2), limit - to[2] * 8, (LANE >> 2) & 1
+        source, start = self._word(ring, block, group) + slot_row * self.pitch, col * channels + to[2] * 8
+        for l0 in range(warp * self.lines, lines, self.warps * self.lines * self.batch):
+            for k in range(self.batch):
+                line = np.minimum(l0 + k * self.warps * self.lines + from_line, lines - 1)
+                to_line = l0 + k * self.warps * self.lines + to[0]
+                at = source + line % self.ni * ring.stride + line // self.ni * self.pitch
+                ok = (to_line < lines) & (to_line % self.ni < images)
+                to_at = start + to_line % self.ni * height * width * channels + to_line // self.ni * width * channels
+                for c in range(self.chunks):
+                    out = np.empty((32, 8))
+                    for i in range(4):
+                        there = self._inside(block, c) & (2 * i + b < ring.channels)
+                        word = at + c * self.pixels * 2 + 2 * i * ring.plane
+                        yield "read", word, there
+                        upper = movmatrix(np.where(there[:, None], load_words(memory, np.where(there, word, 0)), 0))
+                        if self.size == 4:
+                            low = load_words(memory, np.where(there, word + ring.set, 0))
+                            upper = join_halves(upper, movmatrix(np.where(there[:, None], low, 0)))
+                        out[:, 2 * i : 2 * i + 2] = upper
+                    write = ok & self._inside(to[1], c) & (col + c * self.pixels < columns)
+                    for i in range(8 // self.per):
+                        part = np.arange(i * self.per, (i + 1) * self.per)
+                        w = write & (i * self.per < mine)
+                        assert ((i + 1) * self.per <= mine)[w].all(), "a store past the last channel"
+                        yield "write", (to_at + c * self.pixels * channels)[w, None] + part, out[w][:, part]
+
+
+def split_halves(v):
+    """The upper and the lower 16 bits of float32 values, as numbers."""
+    bits = v.astype(np.float32).view(np.uint32)
+    return (bits >> 16).astype(float), (bits & 0xFFFF).astype(float)
+
+
+def join_halves(upper, lower):
+    # Of lanes that write nothing NaN may come here.
+    upper, lower = (np.nan_to_num(half).astype(np.uint32) for half in (upper, lower))
+    return (upper << 16 | lower).view(np.float32).astype(float)
+
+
+class NhwcBlock:
+    """Shared memory of a block; NaN wherever nothing was written and where what was written is done with."""
+
+    def __init__(self, shape, plan, zero):
+        self.shape, self.size = shape, 4 if shape.dtype == torch.float32 else 2
+        self.memory = np.full(plan.launch.shared_bytes // 2, np.nan)
+        self.memory[BARRIERS // 2 : (BARRIERS + zero) // 2] = 0
+        self.done = Counter()
+
+    def put(self, stores):
+        for address, words, ok in stores:
+            self.memory[address[ok, None] // 2 + _p] = words[ok]
+
+    def offset(self, item, h):
+        """Of a row of the item's first image, in elements."""
+        return (item.n0 * self.shape.h + h) * self.shape.w * self.shape.c + item.c0
+
+    def forget(self, key, warps, layout, groups, planes, images, first, count, pitch):
+        """NaN over a slot once all warps are done with it."""
+        self.done[key] += 1
+        if self.done[key] == warps:
+            for p, g, k, i in itertools.product(range(planes), range(groups), range(layout.channels), range(images)):
+                at = layout.base + p * layout.set + g * layout.group + k * layout.plane + i * layout.stride
+                self.memory[(at + first * pitch) // 2 : (at + (first + count) * pitch) // 2] = np.nan
+
+
+class ForwardNhwc(NhwcBlock):
+    """What the warps of forward_nhwc do between their barriers."""
+
+    def __init__(self, k, x, weight, bias, plan, shape, tile, width, y, writes):
+        super().__init__(shape, plan, k.zero)
+        self.k, self.plan, self.tile, self.x, self.weight, self.bias, self.y, self.writes = (
+            k, plan, tile, x.reshape(-1), weight, bias, y.reshape(-1), writes.reshape(-1),
+        )  # fmt: skip
+        self.table_bytes, self.tables = round_up(shape.planes * 2 * k.table.copy, 128), BARRIERS + k.zero
+        ring, base = plan.ring, self.tables + plan.channels * self.table_bytes
+        self.layout = RingLayout(base, min(8, plan.channels), ring.stride, ring.plane, ring.group, ring.set)
+        self.rows = k.ts * k.mt
+        self.into, self.back = (
+            Units(self.size, shape.planes, blocks, k.pitch, k.ni, tile.groups, width, self.rows, warps)
+            for blocks, warps in ((k.columns.inputs, tile.loaders), (k.columns.outputs, tile.storers))
+        )
+        self.built = {}
+
+    def limits(self, item):
+        return max(0, item.row0 - self.k.p), min(self.shape.h, item.row1 + self.k.p + 1)
+
+    def load(self, item, j, slot, warp):
+        s, (lo, hi), top = self.shape, self.limits(item), item.row0 + (j - self.plan.halo) * self.rows
+        h0 = max(lo, top)
+        self.put(
+            self.into.load(
+                self.layout, slot * self.rows + h0 - top, self.x, self.offset(item, h0), s.n - item.n0,
+                min(hi, top + self.rows) - h0, item.col0 - 8 * self.k.columns.offset, s.h, s.w, s.c,
+                min(s.c - item.c0, self.plan.channels), warp,
+            )
+        )  # fmt: skip
+
+    def convolve(self, item, j, slot, warp):
+        for g in range(self.tile.groups):
+            c, channel = item.c0 + 8 * g + warp, 8 * g + warp
+            if c < self.shape.c and channel < self.plan.channels:
+                table = self.tables + channel * self.table_bytes
+                if self.built.get(channel) != c:
+                    self.built[channel] = c
+                    self.build(table, self.weight[c])
+                plane = self.layout.base + g * self.layout.group + warp * self.layout.plane
+                acc = self.products(item, j, slot, plane, table + self.k.table.lane_offset())
+                self.put_results(acc + self.bias[c], slot, plane)
+
+    def build(self, table, weight):
+        if self.size == 2:
+            return self.k.table.build(self.memory, table, weight, False, 32)
+        for p in range(self.shape.planes):
+            plane, weight = peel(weight)
+            self.k.table.build(self.memory, table + p * 2 * self.k.table.copy, plane, False, 32)
+
+    def products(self, item, j, slot, plane, table):
+        k, (lo, hi), h0 = self.k, self.limits(item), item.row0 + j * self.rows
+        tiles = min(k.mt, math.ceil((item.row1 - h0) / k.ts))
+        e0 = max(0, k.p - h0 - k.gr) & ~1
+        e1 = min(k.khp + k.ts * (tiles - 1), self.shape.h - h0 + k.p)
+        acc, row = np.zeros((k.mt, k.columns.outputs, 4, 32)), k.off + e0 - k.p
+        for x, w in TERMS[self.shape.planes]:
+            rows = RingRows(
+                plane + x * self.layout.set + k.img * self.layout.stride, (slot + self.plan.halo) * self.rows + row,
+                self.plan.slots * self.rows, h0 + row - lo, min(hi, h0 + self.rows + k.p + 1) - lo, BARRIERS, k.pitch,
+            )  # fmt: skip
+            run = k.accumulate if k.window or k.mt <= 2 else k.accumulate_apart
+            run(self.memory, acc, rows, table + w * 2 * k.table.copy, e0, e1, tiles)
+        return acc
+
+    def put_results(self, acc, slot, plane):
+        k = self.k
+        for t, b, half in itertools.product(range(k.mt), range(k.columns.outputs), range(2)):
+            m = G + 8 * half
+            to = plane + m % k.ni * self.layout.stride + (slot * self.rows + m // k.ni + k.ts * t) * k.pitch
+            to, v = (to + b * 16 + Q * 4)[:, None] // 2 + _p, acc[t, b, 2 * half : 2 * half + 2].T
+            if self.size == 4:
+                self.memory[to], self.memory[to + self.layout.set // 2] = split_halves(v)
+            else:
+                self.memory[to] = v
+
+    def store(self, item, j, slot, warp):
+        s, h0 = self.shape, item.row0 + j * self.rows
+        start = self.offset(item, h0) + item.col0 * s.c
+        for kind, at, values in self.back.store(
+            self.layout, slot * self.rows, self.memory, s.n - item.n0, min(self.rows, item.row1 - h0),
+            s.w - item.col0, s.h, s.w, s.c, min(s.c - item.c0, self.plan.channels), warp,
+        ):  # fmt: skip
+            if kind == "write":
+                self.y[start + at] = values
+                np.add.at(self.writes, start + at, 1)
+        self.forget(
+            (item, j), self.tile.storers, self.layout, self.tile.groups, s.planes, self.k.ni, slot * self.rows,
+            self.rows, self.k.pitch,
+        )  # fmt: skip
+
+
+class WeightGradNhwc(NhwcBlock):
+    """What the warps of weight_grad_nhwc do between their barriers, in one channel block and group of kernel rows."""
+
+    def __init__(self, k, x, dy, plan, shape, tile, width, channel_block, row_group):
+        super().__init__(shape, plan, k.zero)
+        self.k, self.plan, self.tile, self.x, self.dy = k, plan, tile, x.reshape(-1), dy.reshape(-1)
+        self.channels = 8 // tile.warps
+        self.c0, self.row_group = channel_block * self.channels, row_group
+        rings, base = (plan.x_ring, plan.y_ring), BARRIERS + k.zero
+        self.xs, self.ys = (
+            RingLayout(at, self.channels, ring.stride, ring.plane, 0, ring.set)
+            for ring, at in zip(rings, (base, base + shape.planes * plan.x_ring.set), strict=True)
+        )
+        self.x_units, self.y_units = (
+            Units(self.size, shape.planes, blocks, pitch, k.ni, 1, width, tile.rows, tile.loaders)
+            for blocks, pitch in ((k.columns.inputs, k.x_pitch), (k.columns.outputs, k.y_pitch))
+        )
+        self.acc = np.zeros((8, k.r, k.nd, 4, 32))
+
+    def limits(self, item):
+        return max(0, item.row0 - self.k.p), min(self.shape.h, item.row1 + self.k.p + 1)
+
+    def pair(self, warp):
+        return (self.row_group * self.tile.warps + warp // self.channels) * self.k.r
+
+    def load_x(self, item, j, slot, warp):
+        (lo, hi), top, s = self.limits(item), item.row0 + (j - self.plan.halo) * self.tile.rows, self.shape
+        h0 = max(lo, top)
+        self.put(
+            self.x_units.load(
+                self.xs, slot * self.tile.rows + h0 - top, self.x, self.offset(item, h0) + self.c0, s.n - item.n0,
+                min(hi, top + self.tile.rows) - h0, item.col0 - 8 * self.k.columns.offset, s.h, s.w, s.c,
+                min(s.c - self.c0, self.channels), warp,
+            )
+        )  # fmt: skip
+
+    def load_y(self, item, j, slot, warp):
+        h, s = item.row0 + j * self.tile.rows, self.shape
+        self.put(
+            self.y_units.load(
+                self.ys, slot * self.tile.rows, self.dy, self.offset(item, h) + self.c0, s.n - item.n0,
+                min(item.row1 - h, self.tile.rows), item.col0, s.h, s.w, s.c, min(s.c - self.c0, self.channels),
+                warp,
+            )
+        )  # fmt: skip
+
+    def accumulate(self, item, j, x_slot, y_slot, warp):
+        k, t, pair, (lo, hi) = self.k, self.tile, self.pair(warp), self.limits(item)
+        h0 = item.row0 + j * t.rows
+        rows, channel = min(item.row1 - h0, t.rows), warp % self.channels
+        x_plane = self.xs.base + channel * self.xs.plane + k.kx % k.ni * self.xs.stride
+        y_plane = self.ys.base + channel * self.ys.plane + k.ky % k.ni * self.ys.stride
+        for task in range(math.ceil(rows / k.set_rows) * k.set_tasks if 2 * pair < k.kh else 0):
+            h = task // k.set_tasks * k.set_rows + task % k.set_tasks
+            top = h0 + h + 2 * pair - k.p
+            q_lo, q_hi = 0 if top + k.gr >= 0 else (-top - k.gr + 1) // 2, (hi - 1 - top) >> 1
+            row = h + 2 * pair - k.p + k.kx // k.ni + ((LANE >> 3) & 1)
+            for x, w in TERMS[self.shape.planes]:
+                lines = RingRows(
+                    x_plane + x * self.xs.set, (x_slot + self.plan.halo) * t.rows + row, self.plan.x_slots * t.rows,
+                    h0 + row - lo, hi - lo, BARRIERS, k.x_pitch,
+                )  # fmt: skip
+                ys = y_plane + w * self.ys.set + y_slot * t.rows * k.y_pitch
+                k.accumulate(self.memory, self.acc[warp], lines, ys, h + k.ky // k.ni, rows, BARRIERS, q_lo, q_hi)
+        planes, ni = self.shape.planes, k.ni
+        self.forget(("y", item, j), 8, self.ys, 1, planes, ni, y_slot * t.rows, t.rows, k.y_pitch)
+        self.forget(("x", item, j), 8, self.xs, 1, planes, ni, x_slot * t.rows, t.rows, k.x_pitch)
+
+    def add_taps(self, out):
+        """What the block adds to the partial sums [C, KH, KW]."""
+        for warp in range(8):
+            c, pair = self.c0 + warp % self.channels, self.pair(warp)
+            for r, half in itertools.product(range(self.k.r), range(2)):
+                ky = 2 * (pair + r) + half
+                if c < self.shape.c and ky < self.k.kh:
+                    out[c, ky] += self.k.reduce(self.acc[warp, r], half)
 
 
 # ---- Loader of common.cuh

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from replknet.ops.cuda import _plan, _plan_channels_last
+from replknet.ops.cuda import _plan
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import ForwardTile, Shape, WeightGradTile, columns_of
 
@@ -141,28 +141,6 @@ def test_items_of_a_few_rows(simulation, rows, monkeypatch):
     case = Case(3, 1, 17, 10, 9, 5)
     run_forward(simulation, case, ForwardTile(2, 2, 1, 3, 2, 2, 1))
     run_weight_grad(simulation, case, WeightGradTile(2, 2, 1, 1, 1, 2, 2, 1))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, 8, 5, 7, 5, 3),
-        Case(3, 7, 9, 12, 7, 9),
-        Case(5, 3, 7, 7, 13, 13),
-        Case(1, 1, 40, 20, 9, 5),
-        Case(1, 2, 3, 70, 3, 17),
-    ],
-    ids=str,
-)
-def test_forward_channels_last(simulation, case):
-    shape = case.shape()
-    tile = _plan_channels_last._first_that_fits(
-        _plan_channels_last._forward_tiles(shape, GPU), _plan_channels_last._forward_shared, shape, GPU
-    )
-    plan = _plan_channels_last.forward_plan(shape, GPU, tile)
-    x, _, weight = case.arrays()
-    got = simulation.forward_nhwc(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), weight, plan, shape, tile)
-    close(got.transpose(0, 3, 1, 2), convolution(x, weight))
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Plans for any shape and GPU: they fit, cover every output once, and agree with the kernels' own constants."""
 
+import itertools
 import math
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,16 +33,18 @@ PLANS = {
 TEMPLATES = {
     "forward_nchw": "dt np kh kw cbi cbo off ni mt v sv warps prod stages minb",
     "weight_grad_nchw": "dt np kh kw cbi cbo off ni r hb v warps prod stages minb",
-    "forward_nhwc": "dt kh kw cbi cbo off ni mt v prod stages minb",
-    "weight_grad_nhwc": "dt kh kw cbi cbo off ni r hb v prod stages minb",
+    "forward_nhwc": "dt np kh kw cbi cbo off ni mt g v loaders storers minb",
+    "weight_grad_nhwc": "dt np kh kw cbi cbo off ni r hb wg sr v loaders minb",
 }
+CONTIGUOUS = ("forward", "weight_grad")
+CHANNELS_LAST = ("forward, channels_last", "weight_grad, channels_last")
 
 
 def template(plan) -> dict[str, int]:
-    """The template arguments of a plan by name; channels_last kernels have one plane and 8 consumer warps."""
+    """The template arguments of a plan by name; channels_last kernels have 8 consumer warps, the others produce."""
     name, arguments = plan.launch.expression.rstrip(">").split("<")
     values = dict(zip(TEMPLATES[name].split(), map(int, arguments.split(", ")), strict=True))
-    return {"np": 1, "warps": 8} | values
+    return {"warps": 8, "prod": values.get("loaders", 0) + values.get("storers", 0)} | values
 
 
 def align_of(n_bytes: int) -> int:
@@ -66,7 +71,7 @@ TYPES = st.sampled_from([(torch.float16, 1), (torch.bfloat16, 1), (torch.float32
 def problems(draw, which: tuple[str, ...]):
     """A plan that exists: (shape, GPU, plan)."""
     name, gpu = draw(st.sampled_from(which)), draw(st.sampled_from(GPUS))
-    dtype, planes = draw(TYPES if "channels_last" not in name else st.just((torch.bfloat16, 1)))
+    dtype, planes = draw(TYPES)
     shape = shape_for(name, draw(size(300)), draw(size(300)), draw(size(260)), draw(size(260)), draw(ODD), draw(ODD),
                       dtype, planes)  # fmt: skip
     try:
@@ -90,6 +95,14 @@ def test_every_launch_is_within_the_limits_of_the_gpu(problem):
     assert launch.shared_bytes <= gpu.shared_bytes
     # Every resident block costs 1 KiB more, of which gpu.shared_bytes has left out one.
     assert t["minb"] * (launch.shared_bytes + 1024) <= gpu.shared_bytes + 1024
+    assert t["minb"] * launch.block <= 1536, "threads of a multiprocessor of sm_86, sm_89 and sm_120"
+
+
+@many
+@given(problems(CONTIGUOUS))
+def test_barriers_and_counters_fit_the_head(problem):
+    _, _, plan = problem
+    t = template(plan)
     # The head holds two barriers a stage in 128 bytes and a counter a stage behind them.
     assert t["stages"] * 16 <= 128
     assert 128 + t["stages"] * 4 <= _plan.HEAD
@@ -99,9 +112,17 @@ def test_every_launch_is_within_the_limits_of_the_gpu(problem):
 @given(problems(tuple(PLANS)))
 def test_copies_are_as_wide_as_the_alignment_allows(problem):
     shape, _, plan = problem
-    v = template(plan)["v"]
+    t = template(plan)
+    v, size = t["v"], 4 if shape.dtype == torch.float32 else 2
     assert v in (2, 4, 8, 16)
-    assert v == 2 or (shape.dtype != torch.float32 and v <= shape.align)
+    if "nhwc" in plan.launch.expression:
+        # Whole elements, of channels of the block alone.
+        channels = plan.channels if "mt" in t else 8 // t["wg"]
+        assert v % size == 0
+        assert v == size or (v <= shape.align and v <= channels * size)
+        assert v == min(16, shape.align, channels * size) or v == size
+    else:
+        assert v == 2 or (shape.dtype != torch.float32 and v <= shape.align)
 
 
 @many
@@ -129,22 +150,69 @@ def test_weight_gradient_buffers_fit_shared_memory(simulation, problem):
     assert t["warps"] % k.wg == 0
 
 
+def check_ring(ring, pitch: int, ni: int, channels: int, groups: int, lines: int):
+    """Images, planes, groups and sets of a ring of so many rows do not overlap, and lie in banks of their own."""
+    assert ring.stride >= lines * pitch
+    assert ring.plane >= (ni - 1) * ring.stride + lines * pitch
+    assert ring.set >= (groups - 1) * ring.group + (channels - 1) * ring.plane + (ni - 1) * ring.stride + lines * pitch
+    assert ring.stride % 16 == ring.group % 16 == ring.set % 128 == 0
+    assert ring.plane % 128 == 64, "two planes, of 64 bytes each, are written at once"
+    if groups == 2:
+        assert ring.group >= channels * ring.plane
+        assert ring.group % 64 == 32, "and two groups of 32 bytes"
+
+
 @many
-@given(problems(("forward, channels_last", "weight_grad, channels_last")))
-def test_channels_last_buffers_fit_shared_memory(simulation, problem):
+@given(problems(CHANNELS_LAST[:1]))
+def test_the_forward_ring_fits_shared_memory(simulation, problem):
     shape, _, plan = problem
     t = template(plan)
-    if "mt" in t:
-        k, window = forward(simulation, t), min(shape.h, plan.item_rows + 2 * (shape.kh // 2))
-        planes = 8 * k.table_bytes + math.ceil(8 * plan.plane / 128) * 128
-        stage, reduction = plan.item_images * window * t["cbi"] * 128, 0
+    k, channels, lines = forward(simulation, t), min(8, plan.channels), plan.slots * k_rows(simulation, t)
+    assert plan.channels == 16 if t["g"] == 2 else 1 <= plan.channels <= 8
+    check_ring(plan.ring, k.pitch, t["ni"], channels, t["g"], lines)
+    base = 512 + k.zero + plan.channels * _plan.table_bytes(shape.kh, shape.kw, columns(t), shape.planes)
+    assert base + shape.planes * plan.ring.set == plan.launch.shared_bytes
+    # Three barriers a slot; a thread makes those of a slot, and clears a word of the row of zeros.
+    assert 24 * plan.slots <= 512
+    assert plan.launch.block >= max(plan.slots, k.zero // 4)
+    # Rows above the image have addresses too, which must not pass below zero.
+    assert base >= (k.gr + 1) * k.pitch
+
+
+@many
+@given(problems(CHANNELS_LAST[1:]))
+def test_the_weight_gradients_rings_fit_shared_memory(simulation, problem):
+    shape, _, plan = problem
+    t = template(plan)
+    k, channels = weight_grad(simulation, t), 8 // t["wg"]
+    check_ring(plan.x_ring, k.x_pitch, t["ni"], channels, 1, plan.x_slots * t["sr"])
+    check_ring(plan.y_ring, k.y_pitch, t["ni"], channels, 1, plan.y_slots * t["sr"])
+    # dy's fragments are loaded two column blocks at a time: the last may reach 16 bytes past the ring.
+    rings, taps = shape.planes * (plan.x_ring.set + plan.y_ring.set) + 16, 2 * t["r"] * shape.kw
+    reduction = 8 * (k.nd * 64 + taps + taps % 2) * 4
+    assert 512 + k.zero + max(rings, reduction) <= plan.launch.shared_bytes
+    # Two barriers a slot of either ring, each slot's made by a thread.
+    assert 16 * (plan.x_slots + plan.y_slots) <= 512
+    assert plan.launch.block >= plan.x_slots + plan.y_slots
+
+
+@many
+@given(problems(CHANNELS_LAST))
+def test_the_rings_hold_a_set_with_its_halo(simulation, problem):
+    shape, _, plan = problem
+    t = template(plan)
+    rows, slots = (k_rows(simulation, t), plan.slots) if "mt" in t else (t["sr"], plan.x_slots)
+    assert slots >= 1 + 2 * plan.halo
+    assert plan.item_rows % rows == 0
+    if plan.halo == 0:
+        assert shape.h <= rows
     else:
-        k, rows = weight_grad(simulation, t), min(t["kh"], 2 * t["r"]) - 1
-        window = min(shape.h, plan.item_rows + rows)
-        planes = math.ceil(8 * plan.x_plane / 128) * 128 + math.ceil((8 * plan.y_plane + 128) / 128) * 128
-        stage = plan.item_images * (window * t["cbi"] + plan.item_rows * t["cbo"]) * 128
-        reduction = 8 * (k.nd * 64 + t["r"] * 2 * t["kw"]) * 4
-    assert _plan.HEAD + k.zero + max(planes + t["stages"] * stage, reduction) <= plan.launch.shared_bytes
+        # The last kernel row pair reaches one row further than an odd kernel.
+        assert (plan.halo - 1) * rows < shape.kh // 2 + 1 <= plan.halo * rows
+    if "r" in t:
+        assert t["sr"] % weight_grad(simulation, t).set_rows == 0
+        # A warp's kernel rows, addressed from its first, pass the end of the ring once at most.
+        assert plan.halo == 0 or 2 * (t["r"] + t["hb"] - 2) <= slots * rows
 
 
 @many
@@ -162,7 +230,7 @@ def test_the_columns_are_covered_with_their_halo(problem):
 
 
 @many
-@given(problems(("forward", "weight_grad")))
+@given(problems(CONTIGUOUS))
 def test_the_planned_column_tiles_are_the_kernels(problem):
     shape, _, plan = problem
     t = template(plan)
@@ -206,14 +274,12 @@ def test_forward_steps_reach_every_kernel_row_inside_the_image(simulation, probl
 
 
 @many
-@given(problems(("forward, channels_last",)))
-def test_channels_last_tiles_cover_the_rows_of_an_item(simulation, problem):
-    shape, _, plan = problem
+@given(problems(CHANNELS_LAST[:1]))
+def test_channels_last_tiles_cover_the_rows_of_a_slot(simulation, problem):
+    _, _, plan = problem
     k = forward(simulation, template(plan))
-    rows = min(plan.item_rows, shape.h)
-    assert covered_once([[g + k.ts * i for g in range(k.gr) for i in range(k.mt)]], rows)
+    assert covered_once([[g + k.ts * i for g in range(k.gr) for i in range(k.mt)]], k.ts * k.mt)
     assert k.ni <= 8
-    assert plan.item_images % k.ni == 0
 
 
 @many
@@ -221,37 +287,61 @@ def test_channels_last_tiles_cover_the_rows_of_an_item(simulation, problem):
 def test_weight_gradient_covers_rows_kernel_rows_and_items(simulation, problem):
     shape, _, plan = problem
     t = template(plan)
-    k = weight_grad(simulation, t)
-    for rows in {min(shape.h, plan.item_rows), shape.h % plan.item_rows or min(shape.h, plan.item_rows)}:
+    k, last_rows = weight_grad(simulation, t), t.get("sr", plan.item_rows)
+    most = min(shape.h, last_rows)
+    for rows in {most, shape.h % last_rows or most}:
         sets = math.ceil(rows / k.set_rows) * k.set_tasks
         starts = [s // k.set_tasks * k.set_rows + s % k.set_tasks for s in range(sets)]
         assert covered_once(([h + g + 2 * b for g in range(k.gr) for b in range(k.hb)] for h in starts), rows)
-    groups = plan.launch.grid[2] if "nhwc" in plan.launch.expression else t["warps"] // (t["warps"] // k.wg)
-    assert (groups - 1) * t["r"] * 2 < shape.kh <= groups * t["r"] * 2
-    n_cols = math.ceil(shape.w / (8 * t["cbo"]))
-    items = math.ceil(shape.n / plan.item_images) * math.ceil(shape.h / plan.item_rows) * n_cols
+    a_block = t["r"] * t["wg"] * 2 if "wg" in t else shape.kh
+    groups = plan.launch.grid[2]
+    assert (groups - 1) * a_block < shape.kh <= groups * a_block
+    if "nchw" in plan.launch.expression:
+        assert (k.wg - 1) * t["r"] * 2 < shape.kh <= k.wg * t["r"] * 2
+    images = t["ni"] if "sr" in t else plan.item_images
+    items = math.ceil(shape.n / images) * math.ceil(shape.h / plan.item_rows) * math.ceil(shape.w / (8 * t["cbo"]))
     assert 1 <= plan.splits == plan.launch.grid[1] <= items
     # Every split has an item, so that every partial sum is one of something.
     assert all(items * s // plan.splits < items * (s + 1) // plan.splits for s in range(plan.splits))
+    channels = 8 // t["wg"] if "wg" in t else 1
+    assert (plan.launch.grid[0] - 1) * channels < shape.c <= plan.launch.grid[0] * channels
 
 
 @many
-@given(problems(("forward", "forward, channels_last")))
+@given(problems(("forward",)))
 def test_the_blocks_share_out_every_item_once(problem):
     shape, _, plan = problem
     t, blocks = template(plan), plan.launch.grid[0]
-    channel_blocks = shape.c if "nchw" in plan.launch.expression else math.ceil(shape.c / 8)
     per_channel = math.ceil(shape.n / plan.item_images) * math.ceil(shape.h / plan.item_rows)
-    items = per_channel * math.ceil(shape.w / (8 * t["cbo"])) * channel_blocks
+    items = per_channel * math.ceil(shape.w / (8 * t["cbo"])) * shape.c
     assert items < 2**31
     assume(items <= 30000)
-    if "nhwc" in plan.launch.expression and blocks % channel_blocks == 0:
-        runs = [range(block, items, blocks) for block in range(blocks)]
-        assert all(len({item % channel_blocks for item in run}) == 1 for run in runs), "a block keeps its channels"
-    else:
-        runs = [range(items * block // blocks, items * (block + 1) // blocks) for block in range(blocks)]
+    runs = [range(items * block // blocks, items * (block + 1) // blocks) for block in range(blocks)]
     assert covered_once(runs, items)
     assert all(len(run) for run in runs), "a block without work"
+
+
+@many
+@given(problems(CHANNELS_LAST[:1]))
+def test_neighbouring_blocks_walk_the_same_pieces_with_channels_of_their_own(ring, simulation, problem):
+    shape, gpu, plan = problem
+    t, blocks = template(plan), plan.launch.grid[0]
+    pieces = ring.Pieces(shape, t["ni"], t["cbo"] * 8, plan.item_rows, k_rows(simulation, t), plan.halo)
+    assert blocks % plan.share == 0
+    assert blocks <= gpu.multiprocessors * t["minb"]
+    assert pieces.count < 2**31
+    assume(pieces.count * math.ceil(shape.c / plan.channels) <= 20000)
+    walks = [ring.forward_walk(pieces, shape, plan, block) for block in range(blocks)]
+    for first in range(0, blocks, plan.share):
+        assert walks[first], "a block without work"
+        for i, walk in enumerate(walks[first : first + plan.share]):
+            assert walk == [replace(item, c0=item.c0 + i * plan.channels) for item in walks[first]]
+    found = Counter((item.c0, item.n0, item.col0, item.row0) for walk in walks for item in walk)
+    every = itertools.product(
+        range(0, shape.c, plan.channels), range(0, shape.n, t["ni"]), range(0, shape.w, 8 * t["cbo"]),
+        range(0, shape.h, plan.item_rows),
+    )  # fmt: skip
+    assert found == Counter(every)
 
 
 @many
@@ -268,8 +358,13 @@ def test_items_are_decoded_one_to_one(simulation, problem):
     assert all(0 <= item["row0"] < shape.h and 0 <= item["col0"] < shape.w for item in decoded)
 
 
+def banks(pitch: int, stride: int, ni: int, first: int, line: int, lines: int) -> set[int]:
+    """16-byte columns of the banks in which lanes first .. first + 7 find their rows, from a line of the buffer on."""
+    return {(m % ni * stride + (line + m // ni) % lines * pitch) // 16 % 8 for m in range(first, first + 8)}
+
+
 @many
-@given(problems(tuple(PLANS)))
+@given(problems(CONTIGUOUS))
 def test_eight_lanes_of_a_matrix_never_meet_in_a_bank(simulation, problem):
     shape, _, plan = problem
     t = template(plan)
@@ -277,8 +372,7 @@ def test_eight_lanes_of_a_matrix_never_meet_in_a_bank(simulation, problem):
         k, rows = forward(simulation, t), min(shape.h, plan.item_rows + 2 * (shape.kh // 2))
         buffers = [(k.pitch, plan.stride, rows)]
     else:
-        k = weight_grad(simulation, t)
-        reach = 2 * (shape.kh // 2) if "nchw" in plan.launch.expression else min(shape.kh, 2 * t["r"]) - 1
+        k, reach = weight_grad(simulation, t), 2 * (shape.kh // 2)
         buffers = [
             (k.x_pitch, plan.x_stride, min(shape.h, plan.item_rows + reach)),
             (k.y_pitch, plan.y_stride, min(shape.h, plan.item_rows)),
@@ -286,11 +380,23 @@ def test_eight_lanes_of_a_matrix_never_meet_in_a_bank(simulation, problem):
     for pitch, stride, rows in buffers:
         assert stride >= rows * pitch
         assert stride % 16 == pitch % 16 == 0
-        for first in (0, 8):
-            slots = {(m % k.ni * stride + m // k.ni * pitch) // 16 % 8 for m in range(first, first + 8)}
-            assert len(slots) == 8
-    for plane in (getattr(plan, name) for name in ("plane", "x_plane", "y_plane") if hasattr(plan, name)):
-        assert plane % 128 == 16, "the 8 planes of a pixel are stored at once"
+        assert all(len(banks(pitch, stride, k.ni, first, 0, 16)) == 8 for first in (0, 8))
+
+
+@many
+@given(problems(CHANNELS_LAST))
+def test_eight_lanes_never_meet_in_a_bank_where_the_ring_begins_again(simulation, problem):
+    _, _, plan = problem
+    t = template(plan)
+    if "mt" in t:
+        k = forward(simulation, t)
+        rings = [(k.pitch, plan.ring.stride, plan.slots * k_rows(simulation, t))]
+    else:
+        k = weight_grad(simulation, t)
+        rings = [(k.x_pitch, plan.x_ring.stride, plan.x_slots * t["sr"]), (k.y_pitch, plan.y_ring.stride, t["sr"])]
+    for pitch, stride, lines in rings:
+        for line in {0, 1, *range(max(0, lines - 17), lines)}:
+            assert all(len(banks(pitch, stride, k.ni, first, line, lines)) == 8 for first in (0, 8))
 
 
 @given(st.integers(1, 4096), st.integers(1, 200000), st.integers(1, 2000))
@@ -318,8 +424,9 @@ def test_what_does_not_fit_says_so_with_sizes():
         NotImplementedError, match=r"63x63 kernel on 200x320 maps in torch.float16 .* 40000 bytes .*sm_x"
     ):
         _plan.forward_plan(shape, Gpu("sm_x", 10, 40000))
-    with pytest.raises(NotImplementedError, match="float32 has no channels_last kernel"):
-        _plan_channels_last.forward_plan(Shape(1, 8, 9, 9, 3, 3, torch.float32, 3, 16), GPUS[3])
+    for plan in (_plan_channels_last.forward_plan, _plan_channels_last.weight_grad_plan):
+        with pytest.raises(NotImplementedError, match=r"63x63 kernel on 200x320 maps in torch.float16 .* 20000 bytes"):
+            plan(shape, Gpu("sm_x", 10, 20000))
 
 
 # ---- the constants of the C++ templates
@@ -328,7 +435,14 @@ def columns(t: dict[str, int]) -> Columns:
 
 
 def forward(simulation, t):
-    return simulation.Forward(t["kh"], t["kw"], columns(t), t["ni"], t["mt"])
+    warps = t["warps"] + t["prod"]
+    return simulation.Forward(t["kh"], t["kw"], columns(t), t["ni"], t["mt"], warps, t["minb"])
+
+
+def k_rows(simulation, t) -> int:
+    """Rows of a slot of forward_nhwc."""
+    k = forward(simulation, t)
+    return k.ts * k.mt
 
 
 def weight_grad(simulation, t):
@@ -342,7 +456,8 @@ def forward_constants(k, t) -> dict[str, int]:
     return {
         "LO": low, "HI": high, "ND": k.nd, "P": k.p, "KHP": k.khp, "GR": k.gr, "TS": k.ts, "SET_ROWS": k.set_rows,
         "SET_TASKS": k.set_tasks, "PITCH": pitch, "ZERO": _plan.round_up(t["cbi"] * 16, 128), "HEAD": _plan.HEAD,
-        "TABLE": _plan.table_bytes(t["kh"], t["kw"], columns(t), t["np"]), "WINDOW": int(k.ts == 2),
+        "TABLE": _plan.table_bytes(t["kh"], t["kw"], columns(t), t["np"]), "WINDOW": int(k.window),
+        "REGISTERS": k.registers, "AHEAD": k.ahead,
         "T::OFFSET": k.table.offset, "T::NU": k.table.nu, "T::COPY": k.table.copy, "T::PLANE": 2 * k.table.copy,
     }  # fmt: skip
 
@@ -351,11 +466,32 @@ def weight_grad_constants(k, t) -> dict[str, int]:
     """What the plan and the simulation say of the members of `WeightGrad<...>`."""
     low, high = _plan.deltas(t["kw"], columns(t))
     (x_pitch, _), (y_pitch, _) = (_plan.image_stride(1, blocks, t["ni"]) for blocks in (t["cbi"], t["cbo"]))
-    return {
+    constants = {
         "LO": low, "HI": high, "ND": k.nd, "P": k.p, "GR": k.gr, "JP": k.jp, "SET_ROWS": k.set_rows,
-        "SET_TASKS": k.set_tasks, "XPITCH": x_pitch, "YPITCH": y_pitch, "HEAD": _plan.HEAD, "KQ": k.kq, "WG": k.wg,
-        "ZERO": _plan.round_up(max(t["cbi"], t["cbo"] + 1) * 16, 128), "WS": t["warps"] // k.wg,
+        "SET_TASKS": k.set_tasks, "XPITCH": x_pitch, "YPITCH": y_pitch, "HEAD": _plan.HEAD, "KQ": k.kq,
+        "ZERO": _plan.round_up(max(t["cbi"], t["cbo"] + 1) * 16, 128),
     }  # fmt: skip
+    # The channels_last kernel shares out its warps for itself.
+    return constants if "wg" in t else constants | {"WG": k.wg, "WS": t["warps"] // k.wg}
+
+
+def units_constants(simulation, plan, t) -> dict[str, dict[str, int]]:
+    """What the simulation says of every `Units<...>` of a channels_last plan."""
+    found, size = {}, 4 if t["dt"] == 2 else 2
+    if "mt" in t:
+        k = forward(simulation, t)
+        rows, kinds = k.ts * k.mt, [(t["cbi"], k.pitch, t["g"]), (t["cbo"], k.pitch, t["g"])]
+    else:
+        k = weight_grad(simulation, t)
+        rows, kinds = t["sr"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
+    for blocks, pitch, groups in kinds:
+        u = simulation.Units(size, t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, t["loaders"], depth=8)
+        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, t["loaders"], 8
+        found[f"Units<{', '.join(map(str, arguments))}>"] = {
+            "LINE": u.line, "LINES": u.lines, "CHUNKS": u.chunks, "BATCH": u.batch, "PIXELS": u.pixels,
+            "P::PER": u.per, "P::SIZE": size,
+        }  # fmt: skip
+    return found
 
 
 def sample_of_plans(count: int):
@@ -363,11 +499,7 @@ def sample_of_plans(count: int):
     rng = random.Random(0)
     while count:
         which, gpu = rng.choice(tuple(PLANS)), rng.choice(GPUS)
-        dtype, planes = rng.choice(
-            [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 2), (torch.float32, 3)][
-                : 2 if "channels_last" in which else 4
-            ]
-        )
+        dtype, planes = rng.choice([(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 2), (torch.float32, 3)])
         n, c, h, w = rng.choice((1, 3, 64)), rng.choice((3, 8, 512)), rng.randint(1, 130), rng.randint(1, 130)
         kh, kw = rng.randrange(1, 64, 2), rng.randrange(1, 64, 2)
         try:
@@ -381,15 +513,23 @@ def probe(simulation, plan, number: int) -> str:
     """C++ that compiles where the plan's constants are the template's."""
     t = template(plan)
     if "mt" in t:
-        names, constants = "dt np kh kw cbi cbo off ni mt v sv warps prod stages", forward_constants
+        names, constants = "dt np kh kw cbi cbo off ni mt v sv warps prod minb", forward_constants
         kind, k = "Forward", forward(simulation, t)
     else:
         names, constants = "dt np kh kw cbi cbo off ni r hb v warps prod stages", weight_grad_constants
         kind, k = "WeightGrad", weight_grad(simulation, t)
-    arguments = ", ".join(str(({"sv": 1} | t)[name]) for name in names.split())
-    lines = [f"using K{number} = {kind}<{arguments}>;"]
-    for member, value in constants(k, t).items():
-        lines.append(f'static_assert(K{number}::{member} == {value}, "{plan.launch.expression}: {member}");')
+    # As the channels_last kernels call them: they neither copy nor store with these, and have no stages.
+    fixed = {"v": 2, "sv": 1, "warps": 8, "prod": t["prod"] if "mt" in t else 1, "stages": 1}
+    values = t | fixed if "loaders" in t else t
+    arguments = ", ".join(str(values[name]) for name in names.split())
+    checked = {f"{kind}<{arguments}>": constants(k, t)}
+    if "loaders" in t:
+        checked |= units_constants(simulation, plan, t)
+    lines = []
+    for i, (type_, members) in enumerate(checked.items()):
+        lines.append(f"using K{number}_{i} = {type_};")
+        for member, value in members.items():
+            lines.append(f'static_assert(K{number}_{i}::{member} == {value}, "{type_}: {member}");')
     return "\n".join(lines)
 
 
@@ -400,4 +540,4 @@ def test_the_plans_constants_are_the_kernels(simulation):
     options = core.ProgramOptions(arch="sm_90", std="c++17", minimal=True)
     core.Program(text, "c++", options).compile("cubin")
     with pytest.raises(Exception, match="static assertion failed"):
-        core.Program(text + "\nstatic_assert(K0::HEAD == 1);", "c++", options).compile("cubin")
+        core.Program(text + "\nstatic_assert(K0_0::HEAD == 1);", "c++", options).compile("cubin")

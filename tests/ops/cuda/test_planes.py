@@ -56,6 +56,16 @@ def test_terms_are_the_products_of_the_largest_planes_smallest_first(planes):
     assert [x + w for x, w in terms(planes)] == sorted((x + w for x, w in expected), reverse=True)
 
 
+@pytest.mark.parametrize("planes", [2, 3])
+def test_the_simulation_has_the_same_terms_and_planes(simulation, planes):
+    assert simulation.TERMS[planes] == terms(planes)
+    x = numbers(4)
+    rest = x.double().numpy()
+    for plane in peel(x, planes):
+        got, rest = simulation.peel(rest)
+        assert (got == plane.numpy()).all()
+
+
 @pytest.mark.parametrize(("planes", "bits"), [(2, 15), (3, 24)])
 def test_terms_make_up_the_product(planes, bits):
     x, w = numbers(1), numbers(2)
