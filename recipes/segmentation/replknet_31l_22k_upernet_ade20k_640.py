@@ -5,38 +5,39 @@
 #                  warm-up and both ends of param_scheduler by 64 / GPUs (640000 iterations on 8)
 # Published score: 52.4 % mIoU, 52.7 % at six sizes with flip (--tta true)
 # Status:          not run
-_base_ = ['_base_/upernet_replknet_31b.py', '_base_/ade20k.py', '_base_/runtime.py']
+_base_ = ["_base_/upernet_replknet_31b.py", "_base_/ade20k.py", "_base_/runtime.py"]
 
 model = dict(
     data_preprocessor=dict(size=(640, 640)),
     backbone=dict(
-        model='replknet_31l',
-        drop_path_rate=0.3,
-        init_cfg=dict(type='Pretrained', checkpoint='replknet_31l.in22k')),
+        model="replknet_31l", drop_path_rate=0.3, init_cfg=dict(type="Pretrained", checkpoint="replknet_31l.in22k")
+    ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     auxiliary_head=dict(in_channels=768),
-    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
+    test_cfg=dict(mode="slide", crop_size=(640, 640), stride=(426, 426)),
+)
 
 crop_size = (640, 640)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadCheckedAnnotations', num_classes=150),
-    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadCheckedAnnotations", num_classes=150),
+    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(batch_size=1, dataset=dict(pipeline=train_pipeline))
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0))
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)
 # Warm-up and decay run from the first iteration and multiply. mmengine counts the steps between begin and end, so that
 # the ends stand one above the release's 800 and 80000.
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, begin=0, end=801, by_epoch=False),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=0, end=80001, by_epoch=False),
+    dict(type="LinearLR", start_factor=1e-6, begin=0, end=801, by_epoch=False),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=0, end=80001, by_epoch=False),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=80000, val_interval=2000)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=2000)

@@ -5,40 +5,43 @@
 #                  warm-up and both ends of param_scheduler by 16 / GPUs (320000 iterations on 8)
 # Published score: 55.2 % mIoU, 56.0 % at six sizes with flip (--tta true)
 # Status:          not run
-_base_ = ['_base_/upernet_replknet_31b.py', '_base_/ade20k.py', '_base_/runtime.py']
+_base_ = ["_base_/upernet_replknet_31b.py", "_base_/ade20k.py", "_base_/runtime.py"]
 
 model = dict(
     # XL was pre-trained with these, and its stage outputs are batch-normalised.
     data_preprocessor=dict(size=(640, 640), mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
-        model='replknet_xl',
+        model="replknet_xl",
         drop_path_rate=0.5,
         norm_features=True,
-        init_cfg=dict(type='Pretrained', checkpoint='replknet_xl.meg73m')),
+        init_cfg=dict(type="Pretrained", checkpoint="replknet_xl.meg73m"),
+    ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
     auxiliary_head=dict(in_channels=1024),
-    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
+    test_cfg=dict(mode="slide", crop_size=(640, 640), stride=(426, 426)),
+)
 
 crop_size = (640, 640)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadCheckedAnnotations', num_classes=150),
-    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadCheckedAnnotations", num_classes=150),
+    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0))
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)
 # Warm-up and decay run from the first iteration and multiply. mmengine counts the steps between begin and end, so that
 # the ends stand one above the release's 1500 and 160000.
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, begin=0, end=1501, by_epoch=False),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=0, end=160001, by_epoch=False),
+    dict(type="LinearLR", start_factor=1e-6, begin=0, end=1501, by_epoch=False),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=0, end=160001, by_epoch=False),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=2000)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=2000)
