@@ -71,7 +71,7 @@ def test_train_eval_predict_convert(folder, capsys):
     assert {"epoch_1.pth", "last_checkpoint"} <= set(os.listdir(run))
     checkpoint = str(run / "epoch_1.pth")
     hardware = ["--device", "cpu"]
-    logs = ["--logs", str(folder / "logs"), "--workers", "0"]
+    logs = ["--log_folder", str(folder / "logs"), "--workers", "0"]
     result = str(folder / "scores.json")
     assert main(["detect", "eval", "--weights", checkpoint, *scored, *hardware, *logs, "--output", result]) == 0
     assert {"bbox_AP", "bbox_AP50"} <= json.loads(Path(result).read_text()).keys()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from replknet._errors import RunError, UsageError
-from replknet.tasks.detection.detector import open_detector
+from replknet.tasks.detection.detector import build_detector, open_detector
 from replknet.tasks.detection.evaluation import evaluate
 from replknet.tasks.detection.training import (
     DataPaths,
@@ -60,7 +60,7 @@ def finish(process: subprocess.Popen) -> str:
     return text
 
 
-# Epochs, short side, least AP50. Of the chairs a few slivers can be seen, 2 to 9 % of their boxes: too thin for masks of
+# Epochs, short side, least AP50. Of the chairs a few slivers show, 2 to 9 % of their boxes: too thin for masks of
 # 28 x 28, so that 11 of 12 classes, 0.917, is what masks can reach.
 LEARNING = {
     "fcos": ("160", "256", {"bbox": 0.9}),
@@ -266,3 +266,43 @@ def test_scoring_data_need_the_models_classes(small_config, coco_folder):
     config = trained_config(small_config)
     with pytest.raises(UsageError, match=r"has no category zebra, which the model has"):
         use_scoring_data(config, "test", paths(coco_folder), ["zebra", "person"])
+
+
+@pytest.mark.slow
+def test_two_processes_score_every_picture_once(small_config, coco_folder, dataset, tmp_path):
+    """Three pictures among two processes: the one that is handed out twice counts once."""
+    third = {**dataset["images"][0], "id": 3}
+    copies = [{**a, "id": a["id"] + 100, "image_id": 3} for a in dataset["annotations"] if a["image_id"] == 1]
+    dataset["images"].append(third)
+    dataset["annotations"] += copies
+    (tmp_path / "three.json").write_text(json.dumps(dataset))
+    config = trained_config(small_config)
+    use_training_data(config, paths(coco_folder))
+    torch.manual_seed(0)
+    state = build_detector(config).state_dict()
+    meta = {"dataset_meta": {"classes": config.train_dataloader.dataset.metainfo.classes}}
+    torch.save({"meta": meta, "state_dict": state}, tmp_path / "some.pth")
+    words = ["-m", "replknet", "detect", "eval", "--weights", str(tmp_path / "some.pth")]
+    words += ["--config", str(RECIPES / "replknet_nano_fcos.py"), "--image_size", "64", "--device", "cpu"]
+    words += ["--cfg_options", "[model.test_cfg.score_thr=0.0]", "--workers", "0"]
+    words += ["--val_annotations", str(tmp_path / "three.json"), "--val_images", str(coco_folder)]
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
+        file = tmp_path / f"{len(launcher)}.json"
+        run = [
+            sys.executable,
+            *launcher,
+            *words,
+            "--save_predictions",
+            str(file),
+            "--log_folder",
+            str(tmp_path / "log"),
+        ]
+        done = subprocess.run(
+            run, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads(file.read_text())
+        assert {result["image_id"] for result in results} == {1, 2, 3}
+        found.append(sorted(json.dumps(result, sort_keys=True) for result in results))
+    assert found[0] == found[1]

@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--workers", type=int, default=2, help="processes that load pictures")
     add("--save_predictions", type=str | None, help="JSON file for the predictions, in COCO's result format")
     add("--output", type=str | None, help="JSON file for the scores")
-    add("--logs", type=str, default="runs/detect-eval", help="folder for the log")
+    add("--log_folder", type=str, default="runs/detect-eval", help="folder for the log")
     add_hardware_options(parser, default="fp32")
 
 
@@ -94,10 +94,11 @@ def _score_detector(args: Namespace) -> dict[str, float]:
         evaluator=args.evaluator,
         classwise=args.classwise,
         save_to=args.save_predictions,
-        output=args.logs,
+        output=args.log_folder,
         device=args.device,
         precision=args.precision,
         progress=progress,
     )
-    say(notes)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        say(notes)
     return scores

@@ -17,6 +17,7 @@ docs/detection.md tells more.
 """
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
 
 from replknet._errors import UsageError
 from replknet.cli.detect._options import add_data_options, add_hardware_options, progress, say
@@ -74,7 +75,8 @@ def run(args: Namespace) -> None:
         seed=args.seed,
         device=args.device,
         precision=args.precision,
-        on_notes=say,
+        on_notes=say if rank_zero_only.rank == 0 else None,  # type: ignore[attr-defined]
         progress=progress,
     )
-    print(args.output)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(args.output)
