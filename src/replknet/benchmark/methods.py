@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replknet.benchmark.suites import Case
-from replknet.ops import Backend, depthwise_conv2d, depthwise_conv2d_fft
+from replknet.ops import Backend, _library, depthwise_conv2d, depthwise_conv2d_fft
 
 PASSES = ("forward", "input_grad", "weight_grad")
 # "replknet" is what the automatic choice runs; "replknet:NAME" is one backend by name.
@@ -78,11 +78,11 @@ def prepare(method: str, pass_: str, tensors: Tensors) -> Callable[[], Tensor]:
 
 
 def _ours(pass_: str, t: Tensors, backend: Backend) -> Callable[[], Tensor]:
-    operators, (kh, kw) = torch.ops.replknet, t.weight.shape[2:]
+    kh, kw = t.weight.shape[2:]
     return {
         "forward": lambda: depthwise_conv2d(t.x, t.weight, backend=backend),
-        "input_grad": lambda: operators.depthwise_conv2d_input_grad.default(t.grad_y, t.weight, backend),
-        "weight_grad": lambda: operators.depthwise_conv2d_weight_grad.default(t.grad_y, t.x, kh, kw, backend),
+        "input_grad": lambda: _library.input_grad(t.grad_y, t.weight, backend),
+        "weight_grad": lambda: _library.weight_grad(t.grad_y, t.x, kh, kw, backend),
     }[pass_]
 
 

@@ -119,7 +119,7 @@ def _measure_batch(
     depthwise = ours or bool(accelerate(copy.deepcopy(model)).replaced)
     # A network without depthwise convolutions is the same with ours as with torch's.
     same: dict[str, Convolution] = {} if depthwise else {"replknet": "torch"}
-    convolutions = dict.fromkeys(same.get(name, name) for name in settings.convolutions)
+    convolutions: list[Convolution] = list(dict.fromkeys([same.get(name, name) for name in settings.convolutions]))
     for merged in settings.merged if mode != "training" else (False,):
         if merged and not _can_merge(model):
             continue

@@ -196,7 +196,8 @@ def _onnxruntime(network: nn.Module, images: Tensor, how: How) -> Call:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        export_model(network, path, images.cpu(), merge=how.merged)
+        # The exporter tries batches of one and of several.
+        export_model(network, path, images.cpu().repeat(2, 1, 1, 1), merge=how.merged)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -41,9 +41,16 @@ class DepthwiseConv2d(nn.Conv2d):
         return _convolve(x, self.weight, self.bias, self.padding, self.activation)
 
     def _torchs_own(self, x: Tensor) -> Tensor:
-        if is_cnhw(x) and not ops.recording_a_portable_graph():
-            return as_cnhw(super().forward(x))
-        return super().forward(x)
+        if ops.recording_a_portable_graph():
+            return super().forward(x)
+        if x.is_cpu and (half := _half_precision(x)):
+            # torch's gradients of depthwise convolutions in half precision are several times slower on a CPU.
+            with torch.autocast("cpu", enabled=False):
+                bias = None if self.bias is None else self.bias.float()
+                y = self._conv_forward(x.float(), self.weight.float(), bias).to(half)
+        else:
+            y = super().forward(x)
+        return as_cnhw(y) if is_cnhw(x) else y
 
     def absorb(self, act: nn.Module) -> nn.Module:
         """Take over the activation behind this layer where its kernels can; returns what is left of it to apply."""
@@ -61,6 +68,12 @@ class DepthwiseConv2d(nn.Conv2d):
         if reason := why_not_same_depthwise(self):
             return f"torch's own convolution: {reason}"
         return str(ops.explain(x.unsqueeze(0) if x.dim() == 3 else x, self.weight))
+
+
+def _half_precision(x: Tensor) -> torch.dtype | None:
+    """The half-precision dtype in which a convolution of x runs on a CPU, autocast's inside autocast; else None."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float64 else None
 
 
 def why_not_same_depthwise(conv: nn.Conv2d) -> str | None:

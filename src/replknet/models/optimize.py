@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from replknet.layers import PointwiseConv2d, reparameterize
+from replknet.layers import ConvFFN, ConvNorm, DepthwiseConv2d, PointwiseConv2d, reparameterize
 from replknet.layers.cnhw_conv2d import CnhwConv2d
+from replknet.layers.packed_conv2d import PackedConv2d, why_not_packed
 from replknet.layers.pointwise_conv2d import why_not_matrix_product
+from replknet.layers.shifted_depthwise_conv2d import ShiftedDepthwiseConv2d, why_not_shifted
 from replknet.models.accelerate import accelerate
 
 Mode = Literal["inference", "training"]
@@ -39,7 +41,8 @@ def optimize(
     change by rounding only.
 
     - "inference": evaluation mode; small kernels merged and batch norms folded (`replknet.reparameterize`), ReLUs
-      taken into the depthwise kernels; parameters ask for no gradient.
+      taken into the depthwise kernels; parameters ask for no gradient. On a CPU weights are also kept in oneDNN's
+      layout, beside the parameters, and every activation runs in the kernel before it.
     - "training": training mode; parameters, state-dict keys and batch norms stay as they are. Mixed precision is
       autocast's affair, as always.
 
@@ -80,7 +83,11 @@ def optimize(
     else:
         model.train()
     log.info("%s", accelerate(model))
+    if compiled and device.type == "cuda":
+        _convert(model, DepthwiseConv2d, ShiftedDepthwiseConv2d, lambda conv: why_not_shifted(conv) is None)
     _take_format(model, chosen)
+    if mode == "inference" and device.type == "cpu" and chosen == "channels_last" and not compiled:
+        _pack(model)
     if compiled:
         model.compile(dynamic=False, options=_compiler_options(cuda_graph=cuda_graph, autotune=autotune))
     return model
@@ -113,21 +120,35 @@ def _default_format(model: nn.Module, device: torch.device) -> Format:
 
 
 def _take_format(model: nn.Module, memory_format: Format) -> None:
-    _convert(model, PointwiseConv2d, lambda conv: why_not_matrix_product(conv) is None)
+    _convert(model, nn.Conv2d, PointwiseConv2d, lambda conv: why_not_matrix_product(conv) is None)
     if memory_format == "cnhw":
-        dense: Callable[[nn.Conv2d], bool] = lambda conv: type(conv) is nn.Conv2d  # noqa: E731
-        _convert(model, CnhwConv2d, dense)
+        _convert(model, nn.Conv2d, CnhwConv2d, lambda conv: True)
         return
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
     model.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def _convert(model: nn.Module, cls: type[nn.Conv2d], wanted: Callable[[nn.Conv2d], bool]) -> None:
+def _pack(model: nn.Module) -> None:
+    """Give convolutions weights in oneDNN's layout, and the activations behind them."""
+    for old in (nn.Conv2d, PointwiseConv2d, DepthwiseConv2d):
+        _convert(model, old, PackedConv2d, lambda conv: why_not_packed(conv) is None)
+    for module in model.modules():
+        if isinstance(module, ConvNorm) and isinstance(module.bn, nn.Identity):
+            module.act = _absorbed(module.conv, module.act)
+        elif isinstance(module, ConvFFN) and isinstance(module.pw1.bn, nn.Identity):
+            module.nonlinear = _absorbed(module.pw1.conv, module.nonlinear)  # type: ignore[assignment]
+
+
+def _absorbed(conv: nn.Module, act: nn.Module) -> nn.Module:
+    return conv.absorb(act) if isinstance(conv, PackedConv2d) else act
+
+
+def _convert(model: nn.Module, old: type[nn.Conv2d], new: type[nn.Conv2d], wanted: Callable[[nn.Conv2d], bool]) -> None:
     """Give the same objects another class, as `accelerate` does; subclasses and patched ones are left."""
     for module in model.modules():
-        plain = type(module) is nn.Conv2d and not {"forward", "_conv_forward"} & vars(module).keys()
+        plain = type(module) is old and not {"forward", "_conv_forward"} & vars(module).keys()
         if plain and wanted(module):  # type: ignore[arg-type]
-            module.__class__ = cls
+            module.__class__ = new
 
 
 def _compiler_options(*, cuda_graph: bool, autotune: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from replknet.ops._dispatch import Choice, choose, implementation
 from replknet.ops._problem import Pass, dense, in_format_of, is_channels_last, is_cnhw, problem_of
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("replknet", "DEF")
 _FORWARD = "replknet::depthwise_conv2d"
 _INPUT_GRAD = "replknet::depthwise_conv2d_input_grad"
@@ -35,13 +36,13 @@ def _as_format_of(value: Tensor, like: Tensor) -> Tensor:
 
     The fake kernels promise exactly these strides, whatever a backend returns.
     """
-    value = in_format_of(value, like)
     N, C, H, W = value.shape
     expected = (C * H * W, H * W, W, 1)
-    if is_channels_last(like):
-        expected = (C * H * W, 1, W * C, C)
-    elif is_cnhw(like):
-        expected = (H * W, N * H * W, W, 1)
+    if not like.is_contiguous():
+        expected = (H * W, N * H * W, W, 1) if is_cnhw(like) else (C * H * W, 1, W * C, C)
+    if value.stride() == expected:
+        return value
+    value = in_format_of(value, like)
     return value if value.stride() == expected else value.as_strided(value.shape, expected)
 
 
@@ -112,20 +113,43 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _nobody_listens(*tensors: Tensor | None) -> bool:
+    """Whether a call can go past torch's dispatcher, which costs 20 us: small problems take no longer than that.
+
+    Compilers, transforms, dispatch modes (FLOP counters, fake tensors), subclasses and autograd have to see a call.
+    """
+    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    graph = torch.is_grad_enabled()
+    for value in tensors:
+        if value is None:
+            continue
+        plain = type(value) in _PLAIN and (value.is_cpu or value.is_cuda)
+        if not plain or (graph and value.requires_grad):
+            return False
+    return True
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d`, usable inside torch.func's transforms."""
+    if _nobody_listens(x, weight, bias):
+        return _forward(x, weight, bias, activation, backend)
     run = _ForwardFunction.apply if transformed() else _OPERATORS["forward"]
     return run(x, weight, bias, activation, backend)
 
 
 def input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_input_grad`, likewise."""
+    if _nobody_listens(grad_y, weight):
+        return _input_grad(grad_y, weight, backend)
     run = _InputGradFunction.apply if transformed() else _OPERATORS["input_grad"]
     return run(grad_y, weight, backend)
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_weight_grad`, likewise."""
+    if _nobody_listens(grad_y, x):
+        return _weight_grad(grad_y, x, kh, kw, backend)
     run = _WeightGradFunction.apply if transformed() else _OPERATORS["weight_grad"]
     return run(grad_y, x, kh, kw, backend)
 

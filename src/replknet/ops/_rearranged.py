@@ -94,10 +94,39 @@ def fast_format(x: Tensor, kernel: tuple[int, int]) -> torch.memory_format:
 def _weight_grad_by_image(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
     # One convolution for all images would have to copy x to [H, W, N * C] first, which costs more than it saves.
     C, H, W = x.shape[1:]
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    x, grad_y = (value.contiguous(memory_format=torch.channels_last) for value in (x, grad_y))
-    total = x.new_zeros(1, C, *kernel)
+    grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+    rows = _rows_of_a_strip(H, W, kernel)
+    total = x.new_zeros(1, *kernel, C).permute(0, 3, 1, 2)
+    if rows == H:
+        x, margin, padding = x.contiguous(memory_format=torch.channels_last), 0, (kernel[0] // 2, kernel[1] // 2)
+    else:
+        margin, padding = kernel[0] // 2, (0, kernel[1] // 2)
+        x = _with_rows_of_zeros(x, margin)
     for n in range(len(x)):
-        # A slice, not a view with a new dimension: only the slice keeps strides that torch reads as channels_last.
-        total += F.conv2d(x[n : n + 1], grad_y[n].reshape(C, 1, H, W), padding=padding, groups=C)
+        for top in range(0, H, rows):
+            # Slices, not views with new dimensions: only slices keep strides that torch reads as channels_last.
+            strip = grad_y[n, :, top : top + rows].reshape(C, 1, -1, W)
+            near = x[n : n + 1, :, top : top + strip.shape[2] + 2 * margin]
+            total += F.conv2d(near, strip, padding=padding, groups=C)
     return total.reshape(C, 1, *kernel)
+
+
+def _rows_of_a_strip(height: int, width: int, kernel: tuple[int, int]) -> int:
+    """Rows of the output gradient that are a kernel at a time; all of them where they stay in the cache together.
+
+    With 16 channels of a large map as the kernel, each of its taps comes from the second-level cache for a few outputs
+    only. Strips cost extra work on rows of zeros, which tall kernels on low maps and thin ones do not earn back.
+    """
+    if height * width <= 2048 or min(kernel) < 9 or 3 * kernel[0] > 2 * height:
+        return height
+    return -(-height // -(-height // min(28, max(8, 1400 // width))))
+
+
+def _with_rows_of_zeros(x: Tensor, margin: int) -> Tensor:
+    """x in channels_last with so many rows of zeros above and below; one copy whatever its format."""
+    N, C, H, W = x.shape
+    padded = x.new_empty(N, H + 2 * margin, W, C).permute(0, 3, 1, 2)
+    padded[:, :, :margin] = 0
+    padded[:, :, margin + H :] = 0
+    padded[:, :, margin : margin + H] = x
+    return padded

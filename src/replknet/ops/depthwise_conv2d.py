@@ -53,9 +53,14 @@ def depthwise_conv2d(
     if recording_a_portable_graph():
         y = F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
         return y.relu() if activation == "relu" else y
+    listened = torch.compiler.is_compiling() or _library.transformed()
+    key = None if listened else _key(x, weight, bias, activation, backend)
+    if key in _TORCHS_OWN:
+        return _torch.forward(x, weight, bias, activation)
     check_arguments(x, weight, bias, activation, backend)
-    if backend == "auto" and _is_torchs_own(x, weight, bias):
-        return _torch.forward(dense(x), weight, bias, activation)
+    if key is not None and _is_torchs_own(x, weight, backend):
+        _TORCHS_OWN.add(key)
+        return _torch.forward(x, weight, bias, activation)
     return _library.forward(x, weight, bias, activation, backend)
 
 
@@ -108,14 +113,26 @@ def _check_kinds(x: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"x is on {x.device}, {name} is on {other.device}; move one of them")
 
 
-def _is_torchs_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+# Calls that are known to be torch's own: checking and choosing again costs more than some of them take.
+_TORCHS_OWN: set[tuple] = set()
+_MOST_KEPT = 4096
+
+
+def _key(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: str | None) -> tuple | None:
+    """All that the decision for torch's own depends on; None for a device where it is never taken."""
+    if not x.is_cpu or len(_TORCHS_OWN) >= _MOST_KEPT:
+        return None
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    about_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    return (x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, weight.device, about_bias, gradient, *rest)
+
+
+def _is_torchs_own(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether every pass that this call can lead to is torch's own on a CPU, so that no operator has to be between.
 
     Going through an operator written in Python costs 20 us, which shows at this size of problem only.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or _library.transformed():
-        return False
-    if is_cnhw(x):
+    if backend != "auto" or dense(x) is not x or is_cnhw(x):
         return False
     problem = problem_of(x, (weight.shape[2], weight.shape[3]))
     if choose("forward", problem).backend != "torch":
@@ -126,6 +143,5 @@ def _is_torchs_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def recording_a_portable_graph() -> bool:
-    """Whether the call is being recorded by torch.export, an ONNX exporter or torch.jit.trace."""
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or tracing
+    """Whether the call is being recorded by torch.export, torch.jit.trace, or an ONNX exporter, which uses either."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
