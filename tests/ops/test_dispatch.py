@@ -88,12 +88,27 @@ def test_large_kernels_on_a_gpu_run_our_kernels(cuda, dtype, channels_last):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "channels_last", "copies"),
-    [(torch.float16, True, False), (torch.float32, True, True), (torch.float32, False, False)],
+    ("dtype", "channels_last", "shared_bytes", "copies"),
+    [
+        (torch.float16, True, 232448, False),
+        (torch.float32, True, 232448, False),
+        # No channels_last tile fits.
+        (torch.float16, True, 10000, True),
+        (torch.float32, True, 10000, True),
+        (torch.float32, False, 10000, False),
+    ],
 )
-def test_contiguous_copies_are_said(monkeypatch, dtype, channels_last, copies):
-    monkeypatch.setattr(cuda, "gpu_of", lambda index: Gpu("sm_90", 132, 232448))
+def test_contiguous_copies_are_said(monkeypatch, dtype, channels_last, shared_bytes, copies):
+    monkeypatch.setattr(cuda, "gpu_of", lambda index: Gpu("sm_90", 132, shared_bytes))
     given = problem(8, 128, 56, 56, 31, 31, dtype=dtype, channels_last=channels_last, device=torch.device("cuda", 0))
     choice = _default_with_kernels("forward", given)
     assert choice.backend == "cuda"
     assert ("contiguous copies" in choice.reason) == copies
+
+
+@pytest.mark.parametrize(("n", "backend"), [(1, "torch"), (64, "cuda")])
+def test_one_small_contiguous_map_is_torchs(monkeypatch, n, backend):
+    monkeypatch.setattr("replknet.ops.cuda.runs_natively", lambda *_: True)
+    given = problem(n, 1024, 7, 7, 13, 13, dtype=torch.float16, device=torch.device("cuda", 0))
+    assert _default_with_kernels("forward", given).backend == backend
+    assert _default_with_kernels("input_grad", given).backend == "cuda"

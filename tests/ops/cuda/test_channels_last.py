@@ -242,13 +242,15 @@ def check_weight_grad(ring, shape, gpu, tile, seed):
 @many
 @given(problems(forward_tile), st.integers(0, 1000))
 def test_the_forward_ring_moves_every_row_once_and_in_time(ring, problem, seed):
-    check_forward(ring, *problem, seed)
+    shape, gpu, tile = problem
+    check_forward(ring, shape, gpu, tile, seed)
 
 
 @many
 @given(problems(weight_grad_tile), st.integers(0, 1000))
 def test_the_weight_gradients_rings_move_every_row_once_and_in_time(ring, problem, seed):
-    check_weight_grad(ring, *problem, seed)
+    shape, gpu, tile = problem
+    check_weight_grad(ring, shape, gpu, tile, seed)
 
 
 @pytest.mark.parametrize("size", [7, 14, 28, 56, 97])

@@ -287,7 +287,7 @@ def test_channels_last_tiles_cover_the_rows_of_a_slot(simulation, problem):
 def test_weight_gradient_covers_rows_kernel_rows_and_items(simulation, problem):
     shape, _, plan = problem
     t = template(plan)
-    k, last_rows = weight_grad(simulation, t), t.get("sr", plan.item_rows)
+    k, last_rows = weight_grad(simulation, t), t.get("sr") or plan.item_rows
     most = min(shape.h, last_rows)
     for rows in {most, shape.h % last_rows or most}:
         sets = math.ceil(rows / k.set_rows) * k.set_tasks
