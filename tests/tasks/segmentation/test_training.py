@@ -186,12 +186,19 @@ def test_starting_from_weights_of_other_classes(trained_run, small_config, replk
     assert torch.allclose(old["backbone.stem.0.conv.weight"], new["backbone.stem.0.conv.weight"], atol=1e-2)
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_trains(precision, small_config, tmp_path):
-    finish(start(small_config(2, 2), tmp_path / "run", "--precision", precision))
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(precision, small_config, replknet, tmp_path, cuda):
+    words = ["segment", "train", "--config", small_config(2, 2), "--output", tmp_path / "run", "--device", cuda]
+    replknet(*words, "--precision", precision)
     config = (tmp_path / "run" / "small.py").read_text()
     assert "AmpOptimWrapper" in config
-    assert "bfloat16" in config
+    assert {"bf16": "bfloat16", "fp16": "float16"}[precision] in config
+
+
+def test_mixed_precision_on_a_cpu_is_refused(small_config, replknet, tmp_path):
+    words = ["segment", "train", "--config", small_config(), "--output", tmp_path / "run", "--device", "cpu"]
+    assert "needs a GPU" in replknet(*words, "--precision", "bf16", code=2).stderr
 
 
 def test_a_label_that_a_worker_finds_wrong_ends_the_training_with_one_line(small_config, crops, replknet, tmp_path):

@@ -101,7 +101,9 @@ def train(
     if seed is not None:
         config.randomness = {**config.get("randomness", {}), "seed": seed}
     resumes = resume and find_latest_checkpoint(str(output)) is not None if output.is_dir() else False
-    with _process(device, config), _one_line_errors():
+    with _process(device, config) as chosen, _one_line_errors():
+        if chosen.type == "cpu" and config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+            raise UsageError("mixed-precision training (AmpOptimWrapper) needs a GPU; on a CPU set --precision fp32")
         runner = TaskRunner.from_cfg(config)
         if weights is not None and not resumes:
             runner.register_hook(_StartFrom(weights, may_differ))
