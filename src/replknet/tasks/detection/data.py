@@ -1,5 +1,7 @@
 """Data sets and picture loading for MMDetection's configs, on top of checked annotation files."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,6 @@ class CheckedCoco(COCO):
         self._index()
 
     def _index(self) -> None:
-        import contextlib
-        import io
-
         # pycocotools prints.
         with contextlib.redirect_stdout(io.StringIO()):
             self.createIndex()
