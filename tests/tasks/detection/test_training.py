@@ -67,7 +67,7 @@ def finish(process: subprocess.Popen) -> str:
 # 28 x 28, so that 11 of 12 classes, 0.917, is what masks can reach.
 LEARNING = {
     "fcos": ("160", "256", {"bbox": 0.9}),
-    "cascade_mask_rcnn": ("120", "256", {"bbox": 0.9, "segm": 0.7}),
+    "cascade_mask_rcnn": ("120", "256", {"bbox": 0.9, "segm": 0.8}),
 }
 
 
