@@ -17,7 +17,7 @@ from replknet._errors import RunError, UsageError
 from replknet.cli import main
 from replknet.data import NO_AUGMENTATION
 from replknet.tasks.stopping import RunStoppedError
-from replknet.tasks.train import train
+from replknet.tasks.train import _warn_of_slow_average, train
 from replknet.tasks.trainer import Hardware
 
 
@@ -451,3 +451,12 @@ def test_a_broken_image_is_counted_and_named_or_fatal(small_config, digits_folde
     assert train(skipping).steps == 16
     assert "1 broken images were skipped" in caplog.text
     assert victim.name in caplog.text
+
+
+@pytest.mark.parametrize(("decay", "said"), [(0.0, False), (0.5, False), (0.9999, True)])
+def test_a_slow_average_is_said(caplog, decay, said):
+    _warn_of_slow_average(decay, 100)
+    assert ("of their start" in caplog.text) == said
+    if said:
+        assert "hold 99 % of their start" in caplog.text
+        assert "0.955 would leave 1 %" in caplog.text

@@ -260,6 +260,7 @@ def _train(
     run_folder.prepare(folder, keep=goes_on)
     _write_description(folder, config, plan, trainer, steps)
     _start_log(loggers, position["step"], _plain(config))
+    _warn_of_slow_average(config.ema_decay, steps * config.epochs)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     finally:
@@ -300,6 +301,16 @@ def _own_callbacks(
         on_stop=on_stop,
     )
     return [TrainingLog(config.log_every, plan.global_batch), checkpoints]
+
+
+def _warn_of_slow_average(decay: float, steps: int) -> None:
+    """The averaged weights, by which the best checkpoint is chosen, start as the raw ones and are as good as late."""
+    if decay and (share := decay**steps) > 0.01:
+        _logger.warning(
+            "ema_decay %g is slow for %d steps: at the end the averaged weights still hold %.0f %% of their start, and "
+            "may score far below the raw ones; %g would leave 1 %%",
+            decay, steps, 100 * share, float(f"{0.01 ** (1 / steps):.3g}"),
+        )  # fmt: skip
 
 
 def _report_broken(data: ImageData) -> None:
