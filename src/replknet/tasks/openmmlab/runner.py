@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import nn
@@ -137,12 +137,17 @@ def evaluate(
         config.pop(key, None)
     with _process(device, config) as chosen, _one_line_errors():
         runner = TaskRunner.from_cfg(config)
-        bare = getattr(runner.model, "module", runner.model)
+        bare = bare_model(runner.model)
         if prepare is not None:
             prepare(bare)
         with autocast(chosen, precision):
             metrics = runner.test()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model without what distributes it; a wrapper for test-time augmentation stays."""
+    return model.module if is_model_wrapper(model) else model  # type: ignore[return-value]
 
 
 def load_weights(model: nn.Module, weights: str | Path, may_differ: tuple[str, ...] = ()) -> LoadReport:
@@ -208,7 +213,7 @@ class _StartFrom(Hook):
         self.weights, self.may_differ = weights, may_differ
 
     def before_train(self, runner: Runner) -> None:
-        model = getattr(runner.model, "module", runner.model)
+        model = bare_model(runner.model)
         runner.logger.info("Load checkpoint from %s", load_weights(model, self.weights, self.may_differ))
 
 
