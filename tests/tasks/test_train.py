@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(small_
         ({"data": "/nowhere"}, "/nowhere"),
         ({"wandb": "project"}, "pip install wandb"),
         ({"hardware": Hardware(accelerator="gpu")}, "cannot run"),
-        ({"hardware": Hardware(strategy="fsdp")}, "fsdp.*ema_decay 0"),
+        ({"hardware": Hardware(strategy="fsdp")}, "set ema_decay 0"),
         ({"hardware": Hardware(precision="fp16", accelerator="cpu")}, "fp16"),
     ],
     ids=str,

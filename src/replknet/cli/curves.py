@@ -7,6 +7,7 @@ Each RUN is the output folder of `replknet train`, finished or under way. One ru
 curves.png. Several share one figure, a colour each.
 """
 
+import os
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -44,6 +45,9 @@ def _records(folder: Path) -> list[dict]:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Names of the folders; whole paths where two would be called the same."""
+    """Names of the folders; where two would be called the same, their paths below the folder that holds all."""
     names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    root = os.path.commonpath([folder.resolve() for folder in folders])
+    return [os.path.relpath(folder.resolve(), root) for folder in folders]

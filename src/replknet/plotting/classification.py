@@ -47,7 +47,8 @@ def training_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, target: f
             axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
             axes.set_axisbelow(True)
             if len(axes.get_legend_handles_labels()[0]) > 1:
-                axes.legend(frameon=False)
+                # Long names run over the frame; they do not squeeze the curves.
+                axes.legend(frameon=False).set_in_layout(False)
     return figure
 
 
