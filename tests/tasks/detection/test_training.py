@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from replknet._errors import RunError, UsageError
 from replknet.tasks.detection.detector import build_detector, open_detector
@@ -100,8 +101,9 @@ def test_a_detector_finds_its_training_objects_again(method, coco_folder, tmp_pa
     assert dict(zip(opened.classes, opened.category_ids, strict=True)) == ids
     found = opened.detect(coco_folder / "voc.png", threshold=0.3, classes=["bottle"])
     assert len(found) == 1
-    # x, y, width and height of the bottle are 220, 255, 40, 90.
-    assert found.boxes[0].tolist() == pytest.approx([220, 255, 260, 345], abs=8)
+    # The bottle's corners; found means what it means for AP50.
+    bottle = torch.tensor([[220.0, 255, 260, 345]])
+    assert box_iou(torch.from_numpy(found.boxes), bottle).item() > 0.5
 
 
 @pytest.mark.slow
