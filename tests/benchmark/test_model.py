@@ -205,7 +205,11 @@ def test_suites_and_what_overrides_them(tmp_path, monkeypatch):
     rows = list(csv.DictReader(out.read_text().splitlines()[1:]))
     assert {row["status"] for row in rows} == {"ok"}
     assert {row["batch"] for row in rows} == {"2"}
-    assert [row["convolution"] for row in rows if row["mode"] == "training"] == ["torch", "replknet", "optimize"]
+    assert [(row["convolution"], row["dtype"]) for row in rows if row["mode"] == "training"] == [
+        ("torch", "float32"),
+        ("optimize", "float32"),
+        ("optimize", "bfloat16"),
+    ]
     assert "onnxruntime" in {row["execution"] for row in rows}
     assert {part["category"] for part in csv.DictReader(lines.read_text().splitlines()[1:])} > {"convolution"}
 
