@@ -41,7 +41,8 @@ class DepthwiseConv2d(nn.Conv2d):
         return _convolve(x, self.weight, self.bias, self.padding, self.activation)
 
     def _torchs_own(self, x: Tensor) -> Tensor:
-        if ops.recording_a_portable_graph():
+        # torch.fx's proxies have no device and no strides to ask for.
+        if ops.recording_a_portable_graph() or not isinstance(x, Tensor):
             return super().forward(x)
         if x.is_cpu and (half := _half_precision(x)):
             # torch's gradients of depthwise convolutions in half precision are several times slower on a CPU.

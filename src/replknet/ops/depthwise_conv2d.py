@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replknet.ops import _library, _torch
+from replknet.ops import _library, _torch, _tuning
 from replknet.ops._dispatch import BACKENDS, Backend, choose
 from replknet.ops._problem import dense, is_cnhw, problem_of
 
@@ -119,8 +119,8 @@ _MOST_KEPT = 4096
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: str | None) -> tuple | None:
-    """All that the decision for torch's own depends on; None for a device where it is never taken."""
-    if not x.is_cpu or len(_TORCHS_OWN) >= _MOST_KEPT:
+    """All that the decision for torch's own depends on; None where it is never taken: other devices, autotuning."""
+    if not x.is_cpu or len(_TORCHS_OWN) >= _MOST_KEPT or _tuning.enabled():
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     about_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
