@@ -53,8 +53,8 @@ def optimize(
         mode: "inference" or "training".
         dtype: of parameters and buffers, for inference; images must then come in it. None leaves it.
         memory_format: "contiguous", "channels_last", or "cnhw" (all images of a channel together: for networks of
-            depthwise and 1x1 convolutions and batch norms, such as RepLKNet, compiled). None chooses by device.
-            Images may come in any.
+            depthwise and 1x1 convolutions and batch norms, such as RepLKNet, compiled). None takes
+            channels_last. Images may come in any.
         compile: compile with torch.compile; None does so on CUDA. Elsewhere it needs a C++ compiler.
         cuda_graph: compiled code also captures CUDA graphs, which removes the host's launch times; outputs are then
             overwritten by the next call. Inputs of one shape only make sense.
@@ -76,7 +76,7 @@ def optimize(
     compiled = device.type == "cuda" if compile is None else compile
     if cuda_graph and not (compiled and device.type == "cuda"):
         raise ValueError(f"cuda_graph=True needs a compiled model on CUDA; got compile={compile}, {device}")
-    chosen = memory_format or _default_format(model, device)
+    chosen = memory_format or "channels_last"
     if mode == "inference":
         reparameterize(model.eval()).requires_grad_(False)
         model.to(dtype)
@@ -113,10 +113,6 @@ def _device_of(model: nn.Module) -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"the model lies on several devices: {', '.join(sorted(map(str, devices)))}; move it to one")
     return devices.pop() if devices else torch.device("cpu")
-
-
-def _default_format(model: nn.Module, device: torch.device) -> Format:
-    return "channels_last"
 
 
 def _take_format(model: nn.Module, memory_format: Format) -> None:

@@ -60,7 +60,6 @@ __device__ __forceinline__ void touch(const void* p) {
 // ---- shared memory
 __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
-__device__ __forceinline__ void sts16(u32 a, u16 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
 __device__ __forceinline__ u32 lds32(u32 a) {
   u32 r;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
@@ -72,9 +71,6 @@ __device__ __forceinline__ void ldsm4(u32 (&r)[4], u32 a) {
 }
 __device__ __forceinline__ void ldsm4t(u32 (&r)[4], u32 a) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
-}
-__device__ __forceinline__ void ldsm2t(u32 (&r)[2], u32 a) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(a));
 }
 // Copies V bytes, or writes V zero bytes where ok is false.
 template <int V> __device__ __forceinline__ void copy_async(u32 s, const void* g, bool ok) {
