@@ -253,7 +253,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
   const u32 bars = smem_u32(smem), zero = bars + BARS, tables = zero + K::ZERO;
   const RingLayout layout = {tables + channels * K::TABLE, min(8, channels), stride, plane, group, set};
   if (tid < K::ZERO / 4) ((u32*)(smem + BARS))[tid] = 0;
-  if (tid < ring) bar_init(bars + tid * 24, LOADERS), bar_init(bars + tid * 24 + 8, 8), bar_init(bars + tid * 24 + 16, STORERS);
+  if (tid < ring) warps_init(bars + tid * 24, LOADERS), warps_init(bars + tid * 24 + 8, 8), warps_init(bars + tid * 24 + 16, STORERS);
   __syncthreads();
   const NhwcWalk walk(NhwcPieces(N, H, W, NI, CBO * 8, item_rows, SR, lead), C, channels, share);
   RingAt p;
@@ -267,8 +267,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
         if (j < it.sets && it.c0 < C)
           Units<DT, NP, CBO, K::PITCH, NI, G, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
                                                         W - it.col0, H, W, C, min(C - it.c0, channels), warp - 8 - LOADERS, lane);
-        __syncwarp();
-        if (lane == 0) bar_arrive(bars + p.slot * 24 + 16);
+        warp_arrive(bars + p.slot * 24 + 16, lane);
       }
     }
   } else if (warp >= 8) {
@@ -283,8 +282,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
                                                      it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - 8, lane, [=] {
                                                        if (round > 0) bar_wait(stored, (round - 1) & 1);
                                                      });
-        __syncwarp();
-        if (lane == 0) bar_arrive(bars + p.slot * 24);
+        warp_arrive(bars + p.slot * 24, lane);
       }
     }
   } else {
@@ -344,8 +342,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
                 }
           }
         }
-        __syncwarp();
-        if (lane == 0) bar_arrive(bars + p.slot * 24 + 8);
+        warp_arrive(bars + p.slot * 24 + 8, lane);
       }
     }
   }
@@ -367,7 +364,7 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
   const RingLayout xs = {zero + K::ZERO, CH, xstride, xplane, 0, xset};
   const RingLayout ys = {xs.base + NP * xset, CH, ystride, yplane, 0, yset};
   for (int e = tid; e < K::ZERO / 4; e += (8 + LOADERS) * 32) ((u32*)(smem + BARS))[e] = 0;
-  if (tid < xring + yring) bar_init(xbars + tid * 16, LOADERS), bar_init(xbars + tid * 16 + 8, 8);
+  if (tid < xring + yring) warps_init(xbars + tid * 16, LOADERS), warps_init(xbars + tid * 16 + 8, 8);
   __syncthreads();
   const NhwcPieces pieces(N, H, W, NI, CBO * 8, item_rows, SR, lead);
   const i64 first = pieces.count * blockIdx.y / gridDim.y, last = pieces.count * (blockIdx.y + 1) / gridDim.y;
@@ -384,16 +381,14 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
                                                       it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane, [&] {
                                                         if (p.round > 0) bar_wait(xbars + p.slot * 16 + 8, (p.round - 1) & 1);
                                                       });
-        __syncwarp();
-        if (lane == 0) bar_arrive(xbars + p.slot * 16);
+        warp_arrive(xbars + p.slot * 16, lane);
         for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
           const int h = it.row0 + set * SR;
           Units<DT, NP, CBO, K::YPITCH, NI, 1, V, SR, LOADERS, 16>::load(ys, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0, min(it.row1 - h, SR), it.col0, H, W, C,
                                                         limit, warp - 8, lane, [&] {
                                                           if (q.round > 0) bar_wait(ybars + q.slot * 16 + 8, (q.round - 1) & 1);
                                                         });
-          __syncwarp();
-          if (lane == 0) bar_arrive(ybars + q.slot * 16);
+          warp_arrive(ybars + q.slot * 16, lane);
         }
       }
     }
@@ -428,12 +423,10 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
               K::accumulate(acc, RingRows<K::XPITCH>(xmine + Terms<NP>::x(i) * xset, (p.slot + lead) * SR + row, xring * SR, h0 + row - lo, hi - lo, zero),
                             ymine + Terms<NP>::w(i) * yset + q.slot * SR * K::YPITCH, h + ky / NI, rows, zero, q_lo, q_hi, lane);
           }
-        __syncwarp();
-        if (lane == 0) bar_arrive(ybars + q.slot * 16 + 8);
+        warp_arrive(ybars + q.slot * 16 + 8, lane);
         q.next(yring);
       }
-      __syncwarp();
-      if (lane == 0) bar_arrive(xbars + p.slot * 16 + 8);
+      warp_arrive(xbars + p.slot * 16 + 8, lane);
     }
   }
   // The rings are done with: every warp sums its diagonals in a corner of its own.

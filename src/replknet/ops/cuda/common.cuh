@@ -102,6 +102,16 @@ template <> struct Pair<F32> {
 // ---- barriers
 __device__ __forceinline__ void bar_init(u32 b, int n) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(b), "r"(n) : "memory"); }
 __device__ __forceinline__ void bar_arrive(u32 b) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(b) : "memory"); }
+// A barrier that whole warps arrive at. One lane arrives for its warp, after the warp has met; ARRIVALS = 32 lets every
+// lane arrive, for tools that follow accesses lane by lane.
+#ifndef ARRIVALS
+#define ARRIVALS 1
+#endif
+__device__ __forceinline__ void warps_init(u32 b, int warps) { bar_init(b, warps * ARRIVALS); }
+__device__ __forceinline__ void warp_arrive(u32 b, int lane) {
+  __syncwarp();
+  if (lane < ARRIVALS) bar_arrive(b);
+}
 __device__ __forceinline__ void bar_arrive_copies(u32 b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(b) : "memory"); }
 __device__ __forceinline__ void bar_wait(u32 b, int parity) {
   u32 done;

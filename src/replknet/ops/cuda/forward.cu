@@ -202,7 +202,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
   const int plane = stride * item_images, stage_bytes = NP * plane;
   if (tid < K::ZERO / 4) ((u32*)(smem + K::HEAD))[tid] = 0;
   if (tid == 0)
-    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), bar_init(bars + s * 16 + 8, WARPS);
+    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), warps_init(bars + s * 16 + 8, WARPS);
   __syncthreads();
 
   const int n_groups = cdiv(N, item_images), n_rows = cdiv(H, item_rows), n_cols = cdiv(W, CBO * 8), per_channel = n_groups * n_rows * n_cols;
@@ -258,8 +258,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
       K::template store_half<0>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
       K::template store_half<1>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
     }
-    __syncwarp();
-    if (lane == 0) bar_arrive(full + 8);
+    warp_arrive(full + 8, lane);
     if (++s == STAGES) s = 0, phase ^= 1;
   }
 }

@@ -93,7 +93,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
   const int xplane = xstride * item_images, yplane = ystride * item_images, stage_bytes = NP * (xplane + yplane);
   for (int e = tid; e < K::ZERO / 4; e += (WARPS + PROD) * 32) ((u32*)(smem + K::HEAD))[e] = 0;
   if (tid == 0)
-    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), bar_init(bars + s * 16 + 8, WARPS);
+    for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), warps_init(bars + s * 16 + 8, WARPS);
   __syncthreads();
 
   const int n_groups = cdiv(N, item_images), n_rows = cdiv(H, item_rows), n_cols = cdiv(W, CBO * 8);
@@ -140,8 +140,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
           K::accumulate(acc, StageRows<K::XPITCH>(xg + Terms<NP>::x(i) * xplane, top - x0 + kx / NI + ((lane >> 3) & 1), x_rows, zero),
                         yg + Terms<NP>::w(i) * yplane, h + ky / NI, rows, zero, q_lo, q_hi, lane);
       }
-      __syncwarp();
-      if (lane == 0) bar_arrive(full + 8);
+      warp_arrive(full + 8, lane);
     }
     if (++s == STAGES) s = 0, phase ^= 1;
   }
