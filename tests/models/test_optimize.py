@@ -69,6 +69,42 @@ def test_compiled(mode, memory_format, trained, device):
         torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "memory_format", "autocast"),
+    [
+        ("replknet_nano", "inference", "channels_last", False),
+        ("replknet_nano", "inference", "cnhw", False),
+        ("replknet_nano", "inference", "contiguous", False),
+        ("replknet_nano", "training", "channels_last", True),
+        ("replknet_nano", "training", "cnhw", True),
+        ("test_convnext", "inference", "channels_last", True),
+        ("test_convnext", "training", "contiguous", False),
+    ],
+)
+def test_what_the_compiler_gets_to_see(name, mode, memory_format, autocast, trained):
+    """One whole graph with this package's operator and with matrix products, not torch's own convolutions."""
+    torch._dynamo.reset()
+    network, x = build(name, trained)
+    network, x = network.float(), x.float()
+    replknet.optimize(network, mode, memory_format=memory_format, compile=True)
+    network._compiled_call_impl = None
+    convolutions = [module for module in network.modules() if isinstance(module, DepthwiseConv2d)]
+    ours = sum(module.stride == (1, 1) for module in convolutions)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(network, backend=keep, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        compiled(x)
+    (calls,) = graphs
+    assert sum("replknet.depthwise_conv2d" in call for call in calls) == ours > 0
+    assert sum("mm" in call or "linear" in call for call in calls) > ours
+    assert sum("conv2d of type" in call for call in calls) < 6
+
+
 def test_what_becomes_of_the_layers(trained):
     network, x = build("replknet_nano", trained)
     replknet.optimize(network, memory_format="cnhw")

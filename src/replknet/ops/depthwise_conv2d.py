@@ -64,10 +64,14 @@ def depthwise_conv2d(
     return _library.forward(x, weight, bias, activation, backend)
 
 
+# Asked once: torch.compile cannot look into the question before torch 2.12.
+_WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
+
+
 def under_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments in autocast's dtype where autocast is on; float64 is left alone, as torch's convolutions do."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _WITH_AUTOCAST or not torch.is_autocast_enabled(kind):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
 
@@ -144,4 +148,5 @@ def _is_torchs_own(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 def recording_a_portable_graph() -> bool:
     """Whether the call is being recorded by torch.export, torch.jit.trace, or an ONNX exporter, which uses either."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    # Not torch.compiler.is_exporting(): inside torch.compile it is True before torch 2.12.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import replknet
+
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 SCRIPT = Path(__file__).with_name("sanitized.py")
 
@@ -22,13 +24,14 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 @pytest.mark.parametrize(
     ("tool", "arguments"), [("memcheck", []), ("synccheck", []), ("racecheck", ["every_lane_arrives"])]
 )
-def test_no_reports(tool, arguments, tmp_path):
+def test_no_reports(tool, arguments):
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "20"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    package = str(Path(replknet.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": package, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         [*command, sys.executable, str(SCRIPT), *arguments],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     text = done.stdout + done.stderr
     assert "all right" in text, text[-4000:]
