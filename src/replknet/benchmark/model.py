@@ -102,7 +102,7 @@ def measure_models(names: Iterable[str], settings: ModelSettings) -> Iterator[Mo
         raise UsageError(f"CUDA graphs need a CUDA GPU; the device is {settings.device}")
     for name, mode in itertools.product(names, settings.modes):
         torch.manual_seed(_SEED)
-        model = build(name, mode).to(settings.device)
+        model = build(name, mode)
         cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
         channels, *default = cfg.get("input_size", (3, 224, 224))
         for batch in settings.batches:
@@ -148,7 +148,8 @@ def _reference(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Tensor
 
 def _results(call: Call) -> dict[str, Tensor]:
     call.run()
-    return {name: value.detach().float().clone() for name, value in call.results().items()}
+    # Off the GPU, whose peak memory is measured.
+    return {name: value.detach().float().clone().cpu() for name, value in call.results().items()}
 
 
 def _measure(subject: _Subject, how: How, settings: ModelSettings) -> ModelRow:
@@ -196,7 +197,7 @@ def _checked(row: ModelRow, subject: _Subject, how: How, got: dict[str, Tensor])
 
 def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float | None, float | None]:
     outputs = [
-        float((got[name].to(exact.device) - exact).abs().max() / exact.abs().max().clamp(min=1e-12))
+        float((got[name] - exact).abs().max() / exact.abs().max().clamp(min=1e-12))
         for name, exact in want.items()
         if name != "gradients"
     ]

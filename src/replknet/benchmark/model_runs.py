@@ -90,7 +90,7 @@ def call_of(model: nn.Module, how: How, images: Tensor) -> Call:
     Raises:
         RuntimeError, NotImplementedError: this way does not exist for this network or machine.
     """
-    network = copy.deepcopy(model).train(how.mode == "training")
+    network = copy.deepcopy(model).to(images.device).train(how.mode == "training")
     if how.checkpointing:
         network.set_grad_checkpointing(True)  # type: ignore[operator]
     if how.execution == "onnxruntime":
@@ -171,7 +171,7 @@ def _training_step(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Ca
 
     def step() -> Tensor:
         nonlocal logits
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             output = network(images)
         nn.functional.cross_entropy(output.float(), labels).backward()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from replknet.layers.depthwise_conv2d import why_not_same_depthwise
+from replknet.layers.pointwise_conv2d import ACTIVATIONS
 from replknet.ops import depthwise_conv2d, recording_a_portable_graph
 
 _SLOW_WIDTHS = (11, 13)
@@ -41,7 +42,7 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """`[N, C_in, H, W]`, or `[C_in, H, W]` as `nn.Conv2d`; channels_last out."""
         if not self._can_run(x):
-            return _ACTIVATIONS[self.activation](self._unpacked(x))
+            return ACTIVATIONS[self.activation](self._unpacked(x))
         channels_last = x.contiguous(memory_format=torch.channels_last)
         attributes = (self.padding, self.stride, self.dilation, self.groups, self.activation or "none", [], "none")
         return torch.ops.mkldnn._convolution_pointwise(channels_last, self._weight(x), self.bias, *attributes)
@@ -94,6 +95,3 @@ def why_not_packed(conv: nn.Conv2d) -> str | None:
     if conv.groups > 1 and conv.weight.dtype != torch.float32:
         return "grouped convolutions are faster in float32"
     return None
-
-
-_ACTIVATIONS = {None: lambda y: y, "relu": torch.relu, "gelu": nn.functional.gelu}

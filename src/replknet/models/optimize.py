@@ -14,6 +14,7 @@ from replknet.layers.cnhw_conv2d import CnhwConv2d
 from replknet.layers.packed_conv2d import PackedConv2d, why_not_packed
 from replknet.layers.pointwise_conv2d import why_not_matrix_product
 from replknet.layers.shifted_depthwise_conv2d import ShiftedDepthwiseConv2d, why_not_shifted
+from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
 from replknet.models.accelerate import accelerate
 
 Mode = Literal["inference", "training"]
@@ -85,9 +86,13 @@ def optimize(
     log.info("%s", accelerate(model))
     if compiled and device.type == "cuda":
         _convert(model, DepthwiseConv2d, ShiftedDepthwiseConv2d, lambda conv: why_not_shifted(conv) is None)
+        if chosen == "channels_last":
+            _convert(model, nn.Conv2d, UnfoldedConv2d, lambda conv: why_not_unfolded(conv) is None)
     _take_format(model, chosen)
-    if mode == "inference" and device.type == "cpu" and chosen == "channels_last" and not compiled:
-        _pack(model)
+    if mode == "inference" and chosen == "channels_last":
+        if device.type == "cpu" and not compiled:
+            _pack(model)
+        _absorb_activations(model)
     if compiled:
         model.compile(dynamic=False, options=_compiler_options(cuda_graph=cuda_graph, autotune=autotune))
     return model
@@ -125,9 +130,13 @@ def _take_format(model: nn.Module, memory_format: Format) -> None:
 
 
 def _pack(model: nn.Module) -> None:
-    """Give convolutions weights in oneDNN's layout, and the activations behind them."""
+    """Give convolutions weights in oneDNN's layout."""
     for old in (nn.Conv2d, PointwiseConv2d, DepthwiseConv2d):
         _convert(model, old, PackedConv2d, lambda conv: why_not_packed(conv) is None)
+
+
+def _absorb_activations(model: nn.Module) -> None:
+    """Give convolutions without a norm the activations behind them."""
     for module in model.modules():
         if isinstance(module, ConvNorm) and isinstance(module.bn, nn.Identity):
             module.act = _absorbed(module.conv, module.act)
@@ -136,7 +145,7 @@ def _pack(model: nn.Module) -> None:
 
 
 def _absorbed(conv: nn.Module, act: nn.Module) -> nn.Module:
-    return conv.absorb(act) if isinstance(conv, PackedConv2d) else act
+    return conv.absorb(act) if isinstance(conv, (PackedConv2d, PointwiseConv2d, UnfoldedConv2d)) else act
 
 
 def _convert(model: nn.Module, old: type[nn.Conv2d], new: type[nn.Conv2d], wanted: Callable[[nn.Conv2d], bool]) -> None:

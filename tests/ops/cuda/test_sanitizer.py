@@ -28,7 +28,8 @@ def test_no_reports(tool, arguments):
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "20"]
     package = str(Path(replknet.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": package, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    path = os.pathsep.join((package, os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         [*command, sys.executable, str(SCRIPT), *arguments],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
