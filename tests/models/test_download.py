@@ -18,6 +18,7 @@ from replknet._errors import RunError, UsageError
 from replknet.models import create_model, download
 from replknet.models.download import cache_folder, fetch_weights, local_pretrained_cfg
 from replknet.models.weights import WEIGHTS, Source
+from replknet.tasks.opened_model import open_model
 
 
 def checkpoint(seed: int = 0) -> bytes:
@@ -78,6 +79,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def breaks_off_always(self, count: int) -> None:
         self.send_file(stop=300_000, ranges=False)
+
+    def breaks_off_anonymously(self, count: int) -> None:
+        self.send_file(stop=300_000, ranges=False, etag=None)
 
     def breaks_off_without_ranges(self, count: int) -> None:
         self.send_file(stop=300_000 if count == 1 else None, ranges=False)
@@ -338,6 +342,23 @@ def test_the_next_source_is_tried(server, first):
     assert fetch_weights(entry_at(server, first, "good")).name == "good.pth"
 
 
+def test_a_part_that_no_run_can_continue_is_removed(server):
+    """No hash, no ETag, no date: nothing would tell whether the rest belongs to it."""
+    with pytest.raises(RunError, match="broke off after 300000"):
+        fetch_weights(entry_at(server, "breaks_off_anonymously", sha=None))
+    assert leftovers() == []
+
+
+def test_nothing_is_left_of_a_source_that_was_given_up(server):
+    assert fetch_weights(entry_at(server, "breaks_off_always", "good")).name == "good.pth"
+    assert leftovers() == ["good.pth"]
+
+
+def test_every_new_try_is_announced(server, caplog):
+    fetch_weights(entry_at(server, "down_once"))
+    assert [(r.levelname, "HTTP status 503; trying again" in r.message) for r in caplog.records] == [("WARNING", True)]
+
+
 def test_an_unreachable_server_is_named(server):
     entry = entry_at(server, "good")
     closed = replace(entry, sources=(Source("http://127.0.0.1:9/weights.pth", "weights.pth"),))
@@ -351,6 +372,22 @@ def test_a_folder_of_files_put_there_by_hand_needs_no_network(tmp_path, monkeypa
     (tmp_path / "also_missing.pth").write_bytes(FILE)
     assert fetch_weights(entry) == tmp_path / "also_missing.pth"
     assert server.requests == []
+
+
+def test_a_folder_given_as_weights_holds_the_official_file(tmp_path):
+    files = {"replknet_31b": "RepLKNet-31B_ImageNet-1K_384.pth", "replknet_13": "RepLKNet-13_ImageNet-1K_120e.pth"}
+    for outputs, (name, file) in zip((11, 7), files.items(), strict=True):
+        torch.save(timm.create_model(name, num_classes=outputs).state_dict(), tmp_path / file)
+    opened = open_model("replknet_31b.in1k_384", weights=tmp_path)
+    assert (opened.outputs, opened.image.size) == (11, 384)
+    assert create_model("replknet_13", weights=str(tmp_path)).num_classes == 7
+    with pytest.raises(UsageError, match=r"does not hold the weights replknet_31b\.in1k_224.*31B_ImageNet-1K_224\.pth"):
+        create_model("replknet_31b", weights=tmp_path)
+    with pytest.raises(UsageError, match="is a folder; give a checkpoint file inside it"):
+        create_model("resnet18", weights=tmp_path)
+    (tmp_path / "RepLKNet-31B_ImageNet-22K.pth").write_bytes(b"<html>")
+    with pytest.raises(RunError, match=r"22K\.pth is not the file of the official release"):
+        create_model("replknet_31b.in22k", weights=tmp_path)
 
 
 @pytest.mark.parametrize("content", [FILE[:-100], b"", b"<html>", b"hello", checkpoint(1)], ids=range(5))

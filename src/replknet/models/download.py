@@ -5,6 +5,7 @@ downloaded there. Bytes in transit stand in `NAME.part` until they are whole and
 on where it stopped. Of several processes one downloads and the others wait for it.
 """
 
+import contextlib
 import hashlib
 import html.parser
 import http.client
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from tqdm.auto import tqdm
 
@@ -74,7 +75,9 @@ def fetch_weights(weights: Weights | str, *, progress: bool | None = None) -> Pa
     for source in entry.sources:
         target = cache_folder() / source.file_name
         try:
-            return _download(source, target, progress)
+            path = _download(source, target, progress)
+            _discard_other_parts(entry, source)
+            return path
         except _RefusedError as refusal:
             reasons.append(f"{source.url} ({refusal})")
             _log.info("%s", reasons[-1])
@@ -88,6 +91,30 @@ def fetch_weights(weights: Weights | str, *, progress: bool | None = None) -> Pa
     raise RunError(
         f"the weights {entry.name} could not be downloaded: {'; '.join(reasons)}. Download one of these by hand, "
         f"save it as {names} in {cache_folder()} or in a folder named by the environment variable REPLKNET_WEIGHTS"
+    )
+
+
+def weights_in_folder(folder: str | Path, name: str) -> Path:
+    """The official file of the weights `name` in a folder of files that were put there by hand.
+
+    Args:
+        folder: an existing folder.
+        name: `MODEL.TAG`, or `MODEL` for its default weights.
+
+    Raises:
+        UsageError: the folder does not hold it, or no official weights have this name.
+        RunError: it is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if name.partition(".")[0] not in {entry.model for entry in WEIGHTS.values() if entry.task == "classification"}:
+        raise UsageError(f"{folder} is a folder; give a checkpoint file inside it")
+    entry = find_weights(name)
+    if found := _find_in(folder, entry):
+        return found
+    names = [*(source.file_name for source in entry.sources), f"{entry.name}.safetensors"]
+    raise UsageError(
+        f"the folder {folder} does not hold the weights {entry.name}, which are called {' or '.join(names)}; "
+        "give a checkpoint file, or put one there under such a name"
     )
 
 
@@ -131,13 +158,18 @@ def _find_local(entry: Weights) -> Path | None:
             raise UsageError(f"REPLKNET_WEIGHTS names {by_hand}, which is not a folder")
         folders.insert(0, by_hand)
     for folder in folders:
-        for source in entry.sources:
-            if (path := folder / source.file_name).is_file():
-                verify_file(path, source)
-                return path
-        if (path := folder / f"{entry.name}.safetensors").is_file():
-            return path
+        if found := _find_in(folder, entry):
+            return found
     return None
+
+
+def _find_in(folder: Path, entry: Weights) -> Path | None:
+    for source in entry.sources:
+        if (path := folder / source.file_name).is_file():
+            verify_file(path, source)
+            return path
+    path = folder / f"{entry.name}.safetensors"
+    return path if path.is_file() else None
 
 
 def _damage(path: Path, source: Source) -> str | None:
@@ -180,8 +212,9 @@ def _download(source: Source, target: Path, progress: bool | None) -> Path:
             except _BrokenError as stop:
                 failures = 0 if _part_size(part) > before else failures + 1
                 if failures >= ATTEMPTS:
+                    _resume_point(source, part)  # a part that no later run could go on with is removed
                     raise _RefusedError(str(stop)) from stop
-                _log.info("%s: %s; trying again", source.url, stop)
+                _log.warning("%s: %s; trying again", source.url, stop)
                 time.sleep(BACKOFF * 2**failures)
         os.replace(part, target)
         _discard(part)
@@ -218,6 +251,15 @@ def _part_size(part: Path) -> int:
 def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
     _state(part).unlink(missing_ok=True)
+
+
+def _discard_other_parts(entry: Weights, arrived: Source) -> None:
+    """Remove what sources that were given up have left, unless another process is at it."""
+    for source in entry.sources:
+        if source != arrived:
+            target = cache_folder() / source.file_name
+            with contextlib.suppress(Timeout), FileLock(target.with_name(target.name + ".lock"), timeout=0):
+                _discard(target.with_name(target.name + ".part"))
 
 
 def _transfer(source: Source, part: Path, progress: bool | None) -> None:

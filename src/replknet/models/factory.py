@@ -1,16 +1,20 @@
 """One way to any model: by name, with weights of any origin, with an exact account of what was loaded."""
 
 import difflib
+import json
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import replknet.models.family  # noqa: F401 - registers the models
-from replknet._errors import UsageError
+from replknet._errors import RunError, UsageError
 from replknet.models.checkpoints import load_checkpoint, read_state_dict
+from replknet.models.download import weights_in_folder
 
 
 def create_model(
@@ -27,7 +31,8 @@ def create_model(
 
     Args:
         name: any timm model, `MODEL` or `MODEL.TAG`, or `hf-hub:REPO` or `local-dir:FOLDER`.
-        weights: a checkpoint file: of `replknet train`, official, mmpretrain's, timm's, safetensors.
+        weights: a checkpoint file: of `replknet train`, official, mmpretrain's, timm's, safetensors; or a folder that
+            holds the official file of `name`.
         pretrained: load the weights that the name stands for (downloaded unless cached).
         num_classes: outputs of the head; None takes the checkpoint's own, without one timm's default.
         in_chans: channels of the images; None likewise.
@@ -47,6 +52,8 @@ def create_model(
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"num_classes must be 0 or more; got {num_classes}")
     _check_name(name)
+    if weights is not None and Path(weights).expanduser().is_dir():
+        weights = weights_in_folder(weights, name)
     state = None if weights is None else read_state_dict(weights)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     given = {key: value for key, value in given.items() if value is not None}
@@ -67,6 +74,9 @@ def _build(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         raise
     except FileNotFoundError as error:
         raise UsageError(f"{name}: {error}") from error
+    except (SafetensorError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        # timm opens the files of a folder or repository itself, and its readers do not say which file it was.
+        raise RunError(f"{name}: its files are damaged: {error}") from error
 
 
 def _check_name(name: str) -> None:
