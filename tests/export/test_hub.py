@@ -12,6 +12,7 @@ from replknet import reparameterize
 from replknet._errors import RunError, UsageError
 from replknet.cli import main
 from replknet.export.hub import model_card, push_model, save_model
+from replknet.tasks.opened_model import open_model
 
 
 def images(chans: int = 3) -> torch.Tensor:
@@ -41,6 +42,23 @@ def test_a_folder_gives_the_same_model_back(tmp_path, form):
     assert again.form == form
     assert again.pretrained_cfg["label_names"] == ["a", "b", "c", "d"]
     assert list(again.pretrained_cfg["mean"]) == [0.1]
+
+
+def test_card_and_configuration_state_the_pictures_the_model_takes(tmp_path):
+    wanted = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0, "crop_mode": "squash"}
+    folder = save_model(unusual(num_classes=4), tmp_path / "replknet-flowers", data_config=wanted)
+    assert "- input: 3x64x64, mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)\n" in (folder / "README.md").read_text()
+    stated = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items() if key in wanted} == wanted
+    assert "tag" not in stated, "the tag is that of the architecture's own weights"
+    image = open_model(f"local-dir:{folder}").image
+    assert (image.size, image.mean, image.resolved_crop()) == (64, (0.5,) * 3, ("squash", 1.0))
+
+
+def test_everyone_may_read_the_folder(tmp_path):
+    folder = save_model(unusual(num_classes=4), tmp_path / "m")
+    (tmp_path / "usual").write_text("")
+    assert {oct(file.stat().st_mode) for file in folder.iterdir()} == {oct((tmp_path / "usual").stat().st_mode)}
 
 
 @torch.no_grad()
@@ -91,8 +109,11 @@ def test_requests_that_are_refused(tmp_path):
     (tmp_path / "m" / "precious").write_text("x")
     with pytest.raises(UsageError, match="exists"):
         save_model(model, tmp_path / "m")
+    with pytest.raises(UsageError, match="folder of other things than a model"):
+        save_model(model, tmp_path / "m", overwrite=True)
+    (tmp_path / "m" / "precious").unlink()
+    save_model(model, tmp_path / "m")
     save_model(model, tmp_path / "m", overwrite=True)
-    assert not (tmp_path / "m" / "precious").exists()
     with pytest.raises(UsageError, match="no model folder"):
         push_model(tmp_path, "me/m")
     with pytest.raises(UsageError, match="no name on the hub"):
@@ -103,6 +124,15 @@ def test_a_hub_out_of_reach_is_a_clear_failure(tmp_path):
     save_model(unusual(), tmp_path / "m")
     with pytest.raises(RunError, match="the hub did not take me/m"):
         push_model(tmp_path / "m", "me/m")
+
+
+def test_a_network_that_is_down_is_a_clear_failure(tmp_path):
+    save_model(unusual(), tmp_path / "m")
+    code = "from replknet.export.hub import push_model; push_model('m', 'me/m')"
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    message = done.stderr.strip().splitlines()[-1]
+    assert "RunError: the hub at http://127.0.0.1:9 could not be reached for me/m: " in message
 
 
 def test_push_sends_the_whole_folder(tmp_path, monkeypatch):

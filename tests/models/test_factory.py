@@ -7,6 +7,7 @@ from timm.models import save_for_hf
 
 import replknet
 from replknet._errors import RunError, UsageError
+from replknet.export.hub import save_model
 from replknet.models import create_model
 
 
@@ -104,3 +105,11 @@ def test_hub_folder_round_trip(form, trained, tmp_path):
 def test_models_without_weights_say_so():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for replknet_nano"):
         create_model("replknet_nano", pretrained=True)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_folder_is_named(tmp_path, file):
+    folder = save_model(create_model("replknet_nano", num_classes=3), tmp_path / "m")
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(RunError, match=r"local-dir:.*/m: its files are damaged"):
+        create_model(f"local-dir:{folder}", pretrained=True)

@@ -1,5 +1,6 @@
 """A model folder in timm's Hugging Face format: weights, configuration, card."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from replknet._errors import RunError, UsageError
-from replknet._files import write_text
+from replknet._files import permit_as_usual, write_text
 from replknet.models.family import ARCHITECTURES
 from replknet.models.weights import CITATION, LICENSE, PAPER, RELEASE, WEIGHTS
 
@@ -42,10 +43,11 @@ def save_model(
         results: measured scores for the card, in per cent, by name: `{"top-1 on CIFAR-10": 91.2}`.
         trained_on: data set for the card.
         license: SPDX identifier of the weights.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing model folder.
 
     Raises:
-        UsageError: the folder exists, the model is not timm's, or the names do not fit its outputs.
+        UsageError: the folder exists or, to be overwritten, holds other things than a model; the model is not timm's,
+            or the names do not fit its outputs.
     """
     folder = Path(folder)
     if not hasattr(model, "pretrained_cfg"):
@@ -54,6 +56,8 @@ def save_model(
         raise UsageError(f"{len(class_names)} class names for {model.num_classes} outputs")
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; choose another name or ask to overwrite it")
+    if reason := _why_not_replaceable(folder):
+        raise UsageError(f"{folder} {reason}, so it is not overwritten; choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
         draft = Path(parent) / "model"
@@ -66,12 +70,33 @@ def save_model(
             safe_serialization=True,
             data_config=data_config,
         )
-        write_text(draft / "README.md", model_card(model, folder.name, results, trained_on, license))
+        _state_trained(draft / "config.json")
+        card = model_card(model, folder.name, results, trained_on, license, data_config)
+        write_text(draft / "README.md", card)
+        permit_as_usual(draft / "model.safetensors")
         draft.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)
     return folder
+
+
+def _why_not_replaceable(folder: Path) -> str | None:
+    """None where replacing `folder` loses nothing but a model, else what stands against it."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return "is a file"
+    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+        return "is a folder of other things than a model (it has no config.json)"
+    return None
+
+
+def _state_trained(config: Path) -> None:
+    """Leave out the tag of the architecture's default weights, which these are not."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["pretrained_cfg"].pop("tag", None)
+    write_text(config, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def push_model(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add model") -> str:
@@ -91,6 +116,9 @@ def push_model(folder: str | Path, repo: str, *, private: bool = False, message:
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, OSError) as error:
         raise RunError(f"the hub did not take {repo}: {error}. `hf auth login` signs in") from error
+    except Exception as error:
+        # Errors of the connection belong to the HTTP library underneath, which is another with every major version.
+        raise RunError(f"the hub at {api.endpoint} could not be reached for {repo}: {error}") from error
     return str(address)
 
 
@@ -108,9 +136,10 @@ def model_card(
     results: dict[str, float] | None,
     trained_on: str | None,
     license: str,  # noqa: A002
+    data_config: dict[str, Any] | None = None,
 ) -> str:
     """The folder's README.md: metadata for the hub, what the model is, how it scored, how to use and cite it."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg: dict[str, Any] = {**model.pretrained_cfg, **(data_config or {})}  # type: ignore[dict-item]
     architecture = str(cfg.get("architecture", type(model).__name__))
     own = architecture in ARCHITECTURES
     entry = WEIGHTS.get(f"{architecture}.{cfg.get('tag', '')}")

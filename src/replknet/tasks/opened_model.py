@@ -140,7 +140,8 @@ def _image_format(model: nn.Module, name: str, described: dict[str, Any] | None)
         return ImageFormat(
             size=int(described["image_size"]), mean=described["mean"], std=described["std"], in_chans=chans
         )
-    own_rule = name.rpartition("/")[2].startswith("replknet")
+    # Folders and repositories state their crop; the release's rule goes by the size that was asked for.
+    own_rule = name.startswith("replknet")
     return ImageFormat(
         size=int(cfg.get("input_size", (3, 224, 224))[-1]),
         mean=cfg.get("mean", ImageFormat.mean),
