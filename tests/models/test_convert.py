@@ -162,6 +162,18 @@ def test_there_is_no_way_back(official, tmp_path):
         convert_checkpoint(tmp_path / "m.pth", tmp_path / "t.pth", form="train")
     with pytest.raises(UsageError, match="fused form has no official layout"):
         convert_checkpoint(official, tmp_path / "f.pth", form="fused")
+    convert_checkpoint(official, tmp_path / "f.safetensors", form="fused", layout="timm")
+    for layout in ("official", "mmpretrain"):
+        with pytest.raises(UsageError, match=f"fused form, which has no {layout} layout"):
+            convert_checkpoint(tmp_path / "f.safetensors", tmp_path / "x.pth", layout=layout)
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_everyone_may_read_what_is_written(official, tmp_path):
+    for target in ("a.pth", "a.safetensors"):
+        convert_checkpoint(official, tmp_path / target)
+    (tmp_path / "usual").write_text("")
+    assert {oct(path.stat().st_mode) for path in tmp_path.glob("[au]*")} == {oct((tmp_path / "usual").stat().st_mode)}
 
 
 def test_an_incomplete_network_is_named(model, tmp_path):

@@ -218,6 +218,11 @@ def _config(tensors: Mapping[str, Tensor], layers: tuple, channels: tuple, kerne
 
 
 def _named(tensors: StateDict, layout: Layout, form: Form | None, source: str) -> StateDict:
+    if form == "fused" and layout != "timm":
+        raise UsageError(
+            f"{source} is in the fused form, which has no {layout} layout: nothing but this package reads it; use "
+            "layout timm, or start from the training form"
+        )
     if layout != "mmpretrain":
         return tensors
     strange = [name for name in tensors if not _OWN.match(name)]
@@ -226,8 +231,6 @@ def _named(tensors: StateDict, layout: Layout, form: Form | None, source: str) -
             f"{source} holds more or other than a RepLKNet classifier ({', '.join(strange[:3])}), which mmpretrain's "
             "layout has no names for; take the backbone only"
         )
-    if form == "fused":
-        raise UsageError(f"{source} is in the fused form, which mmpretrain cannot read; start from the training form")
     last = max(int(name.split(".")[1]) for name in tensors if name.startswith("stages."))
     if "norm.weight" in tensors and f"stages.{last}.norm.weight" in tensors:
         raise RunError(f"{source} has normalised feature maps and a final norm: mmpretrain has one name for both")
