@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from replknet._errors import RunError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -13,8 +15,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The data reach the disk before the rename, so that a crash of the machine, too, leaves one of the two files whole.
     Missing folders are made.
+
+    Raises:
+        RunError: there can be no such folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
@@ -24,6 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it unless they are there.
+
+    Raises:
+        RunError: a file is in the way, the place is read-only or the disk full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the folder {path} cannot be made: {error.strerror}; choose another place") from error
 
 
 def permit_as_usual(path: Path) -> None:

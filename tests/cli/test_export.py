@@ -58,12 +58,23 @@ def test_features(tmp_path):
         (["--num_images", "1"], "two or more"),
         (["--precision", "int8-static"], "exists for --format onnx only"),
         (["--output", "."], "is a folder"),
+        (["--precision", "[fp32,int8-static]"], "int8-static exists for --format onnx only"),
     ],
 )
 def test_impossible_requests_are_exit_code_2(weights, extra, reason, capsys):
     arguments = ["export", "replknet_nano", "--weights", str(weights), "--format", "torchscript"]
     assert main([*arguments, *extra]) == 2
     assert reason in capsys.readouterr().err
+    assert not list(Path.cwd().glob("replknet_nano*"))
+
+
+def test_a_place_that_takes_no_folder_is_named(weights, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (["export", "replknet_nano", "--weights"], ["convert"]):
+        target = str(tmp_path / "file" / "n.onnx")
+        place = ["--output", target] if command[0] == "export" else [target]
+        assert main([*command, str(weights), *place]) == 1
+        assert f"the folder {tmp_path / 'file'} cannot be made: File exists" in capsys.readouterr().err
 
 
 def test_beyond_the_tolerance_is_exit_code_1(weights, tmp_path, capsys):

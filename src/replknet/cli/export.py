@@ -28,7 +28,7 @@ from replknet.data.class_matching import match_classes
 from replknet.data.images import load_image
 from replknet.data.sample_pictures import sample_pictures
 from replknet.data.transforms import ImageFormat, evaluation_transform
-from replknet.export import FORMATS, ExportReport, Format, Precision, export_model
+from replknet.export import FORMATS, ExportReport, Format, Precision, check_precision, export_model
 from replknet.export.formats import SUFFIXES, require_packages
 from replknet.models.factory import create_model
 from replknet.tasks.opened_model import OpenedModel, stands_for_weights
@@ -68,6 +68,8 @@ def run(args: Namespace) -> None:
     precisions = args.precision if isinstance(args.precision, list) else [args.precision]
     if not precisions or args.num_images < 2:
         raise UsageError(f"precision {precisions}, num_images {args.num_images}: give at least one, and two or more")
+    for precision in precisions:
+        check_precision(args.format, precision)
     model, opened, image = _open(args)
     images, labels = _pictures(args, opened, image)
     reports = [

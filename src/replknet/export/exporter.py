@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from replknet._errors import RunError, UsageError
+from replknet._files import make_folder
 from replknet.export.formats import FORMATS, SUFFIXES, Format, dynamic_shapes, require_packages, writer_of
 from replknet.export.loading import Exported, load_exported
 from replknet.export.quantization import PRECISIONS, Plain, Precision, as_tensors, quantize_int8
@@ -94,10 +95,11 @@ def export_model(
         UsageError: unknown or impossible combination, missing packages.
         RunError: the model cannot be exported, or the file is not within the tolerance; nothing is left behind.
     """
-    _check_request(format, precision, images, labels)
+    check_precision(format, precision)
+    _check_images(images, labels)
     require_packages(format)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     limit = TOLERANCES[precision] if tolerance is None else tolerance
     original = copy.deepcopy(model).cpu().float().eval()
     shapes = dynamic_shapes(batch=dynamic_batch, size=dynamic_size)
@@ -111,7 +113,8 @@ def export_model(
     return report
 
 
-def _check_request(format: Format, precision: Precision, images: Tensor, labels: Tensor | None) -> None:  # noqa: A002
+def check_precision(format: Format, precision: Precision) -> None:  # noqa: A002
+    """Raise UsageError unless `format` can be written in `precision`."""
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if precision not in PRECISIONS:
@@ -120,6 +123,9 @@ def _check_request(format: Format, precision: Precision, images: Tensor, labels:
         raise UsageError(f"{precision} exists for --format onnx only, not for {format}")
     if precision == "bf16" and format == "onnx":
         raise UsageError("onnxruntime runs no bf16 convolutions on the CPU, so the file could not be checked; use fp16")
+
+
+def _check_images(images: Tensor, labels: Tensor | None) -> None:
     if images.ndim != 4 or len(images) < 2 or images.dtype != torch.float32:
         raise UsageError(
             f"images must be at least two float32 pictures [N, C, H, W]; got {images.dtype} {list(images.shape)}"

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from replknet._errors import RunError, UsageError
-from replknet._files import permit_as_usual, write_text
+from replknet._files import make_folder, permit_as_usual, write_text
 from replknet.models.family import ARCHITECTURES
 from replknet.models.weights import CITATION, LICENSE, PAPER, RELEASE, WEIGHTS
 
@@ -58,7 +58,7 @@ def save_model(
         raise UsageError(f"{folder} exists; choose another name or ask to overwrite it")
     if reason := _why_not_replaceable(folder):
         raise UsageError(f"{folder} {reason}, so it is not overwritten; choose another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
         draft = Path(parent) / "model"
         config = {"label_names": class_names} if class_names else {}
