@@ -1,13 +1,13 @@
 """Parameters, multiply-adds and activations of any network, part by part."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
+from replknet.analysis.mmcv_flops import mmcv_flops, multiply_adds
 from replknet.layers.empty_copy import empty_copy
 
 
@@ -28,15 +28,29 @@ class Complexity:
     """Costs of one image.
 
     `params` counts parameters (not buffers), each once. `macs` counts multiply-adds of convolutions and linear
-    layers, the convention of the published tables, which call them FLOPs; norms, activations, pooling and products
-    inside attention are left out, padding is not. `activations` counts output elements of the same layers.
+    layers, the convention of the published classification tables, which call them FLOPs; norms, activations, pooling
+    and products inside attention are left out, padding is not. `activations` counts output elements of the same
+    layers. `mmcv_flops` is what MMCV's counter gives, the convention of the published segmentation and detection
+    tables: `macs`, and an operation for each bias, ReLU and pooled element (`replknet.analysis.mmcv_flops`).
     """
 
     input_size: tuple[int, ...]
     params: int
     macs: int
+    mmcv_flops: int
     activations: int
     parts: tuple[Part, ...]
+
+
+@dataclass
+class _Trace:
+    """What one run met, by the names of the modules."""
+
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Multiply-adds and output elements of every convolution and linear layer."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Output shapes of every module."""
+    mmcv_flops: int = 0
 
 
 @torch.no_grad()
@@ -57,21 +71,21 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size must be (channels, height, width), all positive; got {tuple(input_size)}")
     try:
-        layers, shapes = _run(empty_copy(model), torch.empty(1, *input_size, device="meta"))
+        trace = _run(empty_copy(model), torch.empty(1, *input_size, device="meta"))
     except (NotImplementedError, RuntimeError, TypeError):
         some = next((p for p in model.parameters()), torch.empty(0))
-        layers, shapes = _run_in_place(model, torch.zeros(1, *input_size, device=some.device))
-    parts = tuple(_part(model, name, layers, shapes) for name in _part_names(model))
+        trace = _run_in_place(model, torch.zeros(1, *input_size, device=some.device))
     return Complexity(
         input_size=tuple(input_size),
         params=sum(p.numel() for p in model.parameters()),
-        macs=sum(macs for macs, _ in layers.values()),
-        activations=sum(outputs for _, outputs in layers.values()),
-        parts=parts,
+        macs=sum(macs for macs, _ in trace.layers.values()),
+        mmcv_flops=trace.mmcv_flops,
+        activations=sum(outputs for _, outputs in trace.layers.values()),
+        parts=tuple(_part(model, name, trace) for name in _part_names(model)),
     )
 
 
-def _run_in_place(model: nn.Module, x: Tensor) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+def _run_in_place(model: nn.Module, x: Tensor) -> _Trace:
     modes = [(module, module.training) for module in model.modules()]
     try:
         return _run(model, x)
@@ -82,39 +96,31 @@ def _run_in_place(model: nn.Module, x: Tensor) -> tuple[dict[str, tuple[int, int
             module.training = training
 
 
-def _run(model: nn.Module, x: Tensor) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
-    """Multiply-adds and output elements of every counted layer, output shapes of every module, by name."""
-    layers: dict[str, tuple[int, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+def _run(model: nn.Module, x: Tensor) -> _Trace:
+    trace = _Trace()
     handles = []
     for name, module in model.named_modules():
 
-        def hook(module: nn.Module, inputs: tuple, output: object, name: str = name) -> None:
+        def hook(module: nn.Module, inputs: tuple, named: dict, output: object, name: str = name) -> None:
             if not isinstance(output, Tensor):
                 return
-            shapes[name] = tuple(output.shape[1:])
+            trace.shapes[name] = tuple(output.shape[1:])
+            x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+            if x is None:
+                return
+            trace.mmcv_flops += mmcv_flops(module, x, output)
             if isinstance(module, (_ConvNd, nn.Linear)):
-                macs, outputs = layers.get(name, (0, 0))
-                layers[name] = (macs + _macs(module, inputs[0], output), outputs + output.numel())
+                macs, outputs = trace.layers.get(name, (0, 0))
+                trace.layers[name] = macs + multiply_adds(module, x, output), outputs + output.numel()
 
-        handles.append(module.register_forward_hook(hook))
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         model.eval()(x.to(dtype))
     finally:
         for handle in handles:
             handle.remove()
-    return layers, shapes
-
-
-def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    if isinstance(module, nn.Linear):
-        return y.numel() * module.in_features
-    assert isinstance(module, _ConvNd)
-    taps = prod(module.kernel_size)
-    if isinstance(module, _ConvTransposeNd):
-        return x.numel() * module.out_channels // module.groups * taps
-    return y.numel() * module.in_channels // module.groups * taps
+    return trace
 
 
 def _part_names(model: nn.Module) -> Iterator[str]:
@@ -126,12 +132,12 @@ def _part_names(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _part(model: nn.Module, name: str, layers: dict[str, tuple[int, int]], shapes: dict[str, tuple[int, ...]]) -> Part:
-    inside = [cost for layer, cost in layers.items() if layer == name or layer.startswith(f"{name}.")]
+def _part(model: nn.Module, name: str, trace: _Trace) -> Part:
+    inside = [cost for layer, cost in trace.layers.items() if layer == name or layer.startswith(f"{name}.")]
     return Part(
         name=name,
         params=sum(p.numel() for p in model.get_submodule(name).parameters()),
         macs=sum(macs for macs, _ in inside),
         activations=sum(outputs for _, outputs in inside),
-        output_shape=shapes.get(name),
+        output_shape=trace.shapes.get(name),
     )

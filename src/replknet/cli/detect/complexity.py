@@ -1,10 +1,11 @@
-"""Count the parameters and multiply-adds of a detector; the latter are what the published table calls FLOPs.
+"""Count the parameters, multiply-adds and FLOPs of a detector, beside the published ones.
 
     replknet detect complexity replknet_31b.in1k_fcos_coco replknet_xl.meg73m_cascade_mask_rcnn_coco
-    replknet detect complexity recipes/detection/replknet_tiny_fcos.py --size 640x640 --merged true --parts true
+    replknet detect complexity recipes/detection/replknet_tiny_fcos.py --size 640x640 --merged false --parts true
 
 Names of official weights stand for their detectors; nothing is downloaded. Box heads are counted for 1000 regions and
-mask heads for 100, the training form unless --merged, as the table does. docs/detection.md compares.
+mask heads for 100, the backbone re-parameterised. FLOPs are those of MMCV's counter, as in the published table;
+docs/detection.md compares. The parts are counted in multiply-adds.
 """
 
 import json
@@ -24,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("DETECTOR", nargs="*", help="official weights' names, or configs; by default all official detectors")
     add("--size", type=str, default="800x1280", help="height x width of the input")
-    add("--merged", type=bool, default=False, help="count the re-parameterised backbone")
+    add("--merged", type=bool, default=True, help="count the re-parameterised backbone, not the training form")
     add("--parts", type=bool, default=False, help="backbone, neck and heads on lines of their own")
     add("--json", type=bool, default=False, help="JSON instead of a table")
 
@@ -40,16 +41,16 @@ def run(args: Namespace) -> None:
     rows = []
     for name, cost in counted.items():
         published = _published(name, size)
-        rows.append([name, *_cells(cost.params, cost.macs), *published])
-        rows += [[f"  {part.name}", *_cells(part.params, part.macs), "", ""] for part in cost.parts if args.parts]
-    print(table(("detector", "params M", "FLOPs G", "published M", "published G"), rows))
+        rows.append([name, *_cells(cost.params / 1e6, cost.macs / 1e9, cost.mmcv_flops / 1e9), *published])
+        parts = cost.parts if args.parts else ()
+        rows += [[f"  {part.name}", *_cells(part.params / 1e6, part.macs / 1e9), "", "", ""] for part in parts]
+    print(table(("detector", "params M", "multiply-adds G", "FLOPs G", "published M", "published G"), rows))
 
 
-def count(source: str, size: tuple[int, int], *, merged: bool = False) -> Complexity:
+def count(source: str, size: tuple[int, int], *, merged: bool = True) -> Complexity:
     """Costs of a detector in one picture of `size`, height and width."""
-    from replknet.layers import reparameterize
     from replknet.tasks.detection.costs import FixedCost
-    from replknet.tasks.detection.detector import build_detector
+    from replknet.tasks.detection.detector import build_detector, prepare_for_inference
     from replknet.tasks.detection.official import official_config, official_detector
     from replknet.tasks.openmmlab.configs import read_config
 
@@ -57,9 +58,7 @@ def count(source: str, size: tuple[int, int], *, merged: bool = False) -> Comple
     config = official_config(entry) if entry is not None else read_config(source)
     # What is counted does not depend on values: nothing is allocated.
     with torch.device("meta"):
-        detector = build_detector(config).eval()
-        if merged:
-            reparameterize(detector.backbone, fold_norms=False)  # type: ignore[arg-type]
+        detector = prepare_for_inference(build_detector(config), merged=merged)
         try:
             return complexity(FixedCost(detector), (3, *size))
         except ValueError as error:
@@ -73,5 +72,5 @@ def _published(name: str, size: tuple[int, int]) -> list[str]:
     return [f"{entry.published_cost[0]:g}", f"{entry.published_cost[1]:g}"]
 
 
-def _cells(params: int, macs: int) -> list[str]:
-    return [f"{params / 1e6:.1f}", f"{macs / 1e9:.1f}"]
+def _cells(*counts: float) -> list[str]:
+    return [f"{count:.1f}" for count in counts]

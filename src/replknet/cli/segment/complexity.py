@@ -1,10 +1,11 @@
-"""Parameters and multiply-adds of segmentors, beside the published ones.
+"""Parameters, multiply-adds and FLOPs of segmentors, beside the published ones.
 
     replknet segment complexity
     replknet segment complexity replknet_31b.in22k_upernet_ade20k --size 512x512
     replknet segment complexity --config recipes/segmentation/replknet_31b_1k_upernet_ade20k_512.py --size 512x2048
 
-Counted on the merged form and without the auxiliary head, which only training uses. No weights are loaded.
+Counted with the re-parameterised backbone and without the auxiliary head, which only training uses. FLOPs are those of
+MMCV's counter, as in the published table; docs/segmentation.md compares. No weights are loaded.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def run(args: Namespace) -> None:
         rows = [_row(args.config, _count(config, parse_size(args.size or "512")), None)]
     else:
         rows = [_official_row(name, args.size) for name in args.WEIGHTS or _official_names()]
-    print(table(("segmentor", "input", "params M", "FLOPs G", "published"), rows, left=2))
+    print(table(("segmentor", "input", "params M", "multiply-adds G", "FLOPs G", "published"), rows, left=2))
 
 
 def _official_names() -> list[str]:
@@ -62,4 +63,5 @@ def _count(config: Any, size: tuple[int, int]) -> Complexity:
 def _row(name: str, counted: Complexity, published: tuple[float, float, tuple[int, int]] | None) -> list[str]:
     _, height, width = counted.input_size
     told = "" if published is None else f"{published[0]:.0f} M, {published[1]:.0f} G"
-    return [name, f"{height}x{width}", f"{counted.params / 1e6:.1f}", f"{counted.macs / 1e9:.1f}", told]
+    cells = [f"{count:.1f}" for count in (counted.params / 1e6, counted.macs / 1e9, counted.mmcv_flops / 1e9)]
+    return [name, f"{height}x{width}", *cells, told]
