@@ -48,7 +48,7 @@ def test_a_broken_picture_is_named_and_the_others_go_on(checkpoint, tmp_path, wr
     assert [bool(row["error"]) for row in rows] == [True, False, False]
     error = capsys.readouterr().err
     assert str(tmp_path / "0.jpg") in error
-    assert "1 of 3 pictures could not be read" in error
+    assert "1 of 3 pictures got no answer" in error
 
 
 def test_imagenet_names_and_untrained_weights(tmp_path, write_pictures, capsys):

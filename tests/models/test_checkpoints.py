@@ -247,7 +247,7 @@ def broken_files(folder):
         "page": (b"\n<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title>", "a web page"),
         "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         "text": (b"hello, these are no weights\n" * 30, "not a torch checkpoint"),
-        "code": (pickle.dumps({"state_dict": Bomb()}), "."),
+        "code": (pickle.dumps({"state_dict": Bomb()}), "checkpoint: Unsupported operand"),
         "list": (_saved([1, 2, 3]), "holds a list"),
         "tensor": (_saved(torch.zeros(3)), "holds a Tensor"),
         "no-tensors": (_saved({"epoch": 3, "model": {"a": 1}}), "holds no weights; at its top level: epoch, model"),

@@ -74,3 +74,14 @@ def test_more_classes_than_there_are(folder):
     assert sum(prediction.scores) == pytest.approx(1)
     with pytest.raises(UsageError, match="top 0"):
         list(predict(Brightness(), [folder / "2.png"], ImageFormat(16), top=0))
+
+
+def test_an_answer_that_is_no_number_is_an_error(folder):
+    class Undefined(Brightness):
+        def forward(self, images):
+            return super().forward(images) / (images.mean((1, 2, 3))[:, None] > 0.5)
+
+    paths = [folder / f"{index}.png" for index in range(6)]
+    found = list(predict(Undefined(), paths, ImageFormat(16, mean=(0,), std=(1,))))
+    assert [prediction.error is None for prediction in found] == [False] * 3 + [True] * 3
+    assert found[0].error == f"{paths[0]}: the network's outputs are infinite or not numbers"

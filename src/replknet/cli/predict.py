@@ -8,7 +8,7 @@ Official weights, results to a file (.json or .csv):
 
     replknet predict pictures/ --model replknet_31b --weights RepLKNet-31B_ImageNet-1K_224.pth --output answers.csv
 
-A picture that cannot be read is named, the others go on, and the exit code is 1 at the end.
+A picture that cannot be read or answered is named, the others go on, and the exit code is 1 at the end.
 """
 
 import csv
@@ -71,7 +71,7 @@ def run(args: Namespace) -> None:
     if output is not None:
         _write(output, found, opened, names)
     if failed := sum(prediction.error is not None for prediction in found):
-        raise RunError(f"{failed} of {len(found)} pictures could not be read")
+        raise RunError(f"{failed} of {len(found)} pictures got no answer")
 
 
 def _show(prediction: Prediction, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_torch(path: Path, logs: Sequence[Any]) -> Any:
     try:
-        with torch.serialization.safe_globals([*_HARMLESS, *logs]):
+        with torch.serialization.safe_globals([*_HARMLESS, *logs]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(_unpickling_problem(path, error)) from error
@@ -120,7 +122,9 @@ def _unpickling_problem(path: Path, error: Exception) -> str:
             f"{path} would run code when opened ({', '.join(blocked)}), so it was not opened; "
             "save its state dict alone, as tensors, where you trust it"
         )
-    return f"{path} is damaged or not a torch checkpoint: {_short(error)}"
+    # torch's own text advises to run the file's code; the sentence after "WeightsUnpickler error:" is the cause.
+    cause = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return f"{path} is damaged or not a torch checkpoint: {cause}"
 
 
 def _short(error: Exception) -> str:

@@ -70,7 +70,8 @@ def predict(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Prediction]:
-    """Predictions in the order of `paths`; a picture that cannot be read gives its error, and the others go on.
+    """Predictions in the order of `paths`; a picture that cannot be read, or that the
+    network has no finite answer to, gives its error, and the others go on.
 
     Args:
         model: images `[N, C, H, W]` → logits `[N, outputs]`; put in evaluation mode.
@@ -98,8 +99,12 @@ def predict(
             if error is not None or logits is None:
                 yield Prediction(path, error=error)
                 continue
-            scores, classes = logits[row].softmax(0).topk(min(top, logits.shape[1]))
+            answer = logits[row]
             row += 1
+            if not answer.isfinite().all():
+                yield Prediction(path, error=f"{path}: the network's outputs are infinite or not numbers")
+                continue
+            scores, classes = answer.softmax(0).topk(min(top, len(answer)))
             yield Prediction(path, tuple(classes.tolist()), tuple(scores.tolist()))
 
 
