@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from replknet.layers.depthwise_conv2d import why_not_same_depthwise
-from replknet.layers.pointwise_conv2d import ACTIVATIONS
-from replknet.ops import depthwise_conv2d, recording_a_portable_graph
+from replknet.layers.pointwise_conv2d import ACTIVATIONS, PointwiseConv2d
+from replknet.ops import Epilogue, depthwise_conv2d, recording_a_portable_graph
 
 _SLOW_WIDTHS = (11, 13)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -36,7 +36,8 @@ class PackedConv2d(nn.Conv2d):
         activation: None, "relu" or "gelu" (exact), applied in the same kernel.
     """
 
-    activation: str | None = None
+    activation: Epilogue | None = None
+    absorb = PointwiseConv2d.absorb
     _packed: _Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,14 +47,6 @@ class PackedConv2d(nn.Conv2d):
         channels_last = x.contiguous(memory_format=torch.channels_last)
         attributes = (self.padding, self.stride, self.dilation, self.groups, self.activation or "none", [], "none")
         return torch.ops.mkldnn._convolution_pointwise(channels_last, self._weight(x), self.bias, *attributes)
-
-    def absorb(self, act: nn.Module) -> nn.Module:
-        """Take over the activation behind this layer where its kernels can; returns what is left of it to apply."""
-        exact_gelu = type(act) is nn.GELU and act.approximate == "none"
-        if self.activation is not None or not (exact_gelu or type(act) is nn.ReLU):
-            return act
-        self.activation = "gelu" if exact_gelu else "relu"
-        return nn.Identity().train(act.training)
 
     def _unpacked(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and why_not_same_depthwise(self) is None and not recording_a_portable_graph():

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers.activations import GELU
 from torch import Tensor, nn
 
 from replknet.ops import Epilogue, is_cnhw, linear_activation, recording_a_portable_graph
@@ -39,7 +40,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def absorb(self, act: nn.Module) -> nn.Module:
         """Take over the activation behind this layer where a kernel has it; returns what is left of it to apply."""
-        exact_gelu = type(act) is nn.GELU and act.approximate == "none"
+        exact_gelu = type(act) is GELU or (type(act) is nn.GELU and act.approximate == "none")
         if self.activation is not None or not (exact_gelu or type(act) is nn.ReLU):
             return act
         self.activation = "gelu" if exact_gelu else "relu"
@@ -47,10 +48,10 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def product_over_channels(pixels: Tensor, matrix: Tensor, bias: Tensor | None, activation: Epilogue | None) -> Tensor:
-    """`[N, H, W, K]` times `[C, K]`, with bias `[C]` and activation, to `[N, H, W, C]`."""
+    """`[..., K]` times `[C, K]`, with bias `[C]` and activation, to `[..., C]`."""
     if activation is None or bias is None or not _has_epilogue(pixels, matrix, activation):
         return ACTIVATIONS[activation](F.linear(pixels, matrix, bias))
-    return linear_activation(pixels.flatten(0, 2), matrix, bias, activation).view(*pixels.shape[:3], len(matrix))
+    return linear_activation(pixels.flatten(0, -2), matrix, bias, activation).view(*pixels.shape[:-1], len(matrix))
 
 
 def _has_epilogue(pixels: Tensor, matrix: Tensor, activation: Epilogue) -> bool:

@@ -28,15 +28,14 @@ class UnfoldedConv2d(nn.Conv2d):
         if input.dim() != 4 or recording_a_portable_graph() or why_not_unfolded(self) is not None:
             return ACTIVATIONS[self.activation](super().forward(input))
         x, weight, bias = under_autocast(input, self.weight, self.bias)
-        rows = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride).transpose(1, 2)  # type: ignore[arg-type]
+        padding: tuple[int, int] = self.padding  # type: ignore[assignment]
+        rows = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride).transpose(1, 2)
+        sizes = zip(x.shape[2:], self.kernel_size, self.stride, padding, strict=True)
+        H, W = ((size + 2 * p - k) // s + 1 for size, k, s, p in sizes)
         matrix = weight.flatten(1)
-        padding = (0, -matrix.shape[1] % 8)
-        H, W = (
-            (size + 2 * p - k) // s + 1
-            for size, k, s, p in zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)  # type: ignore[arg-type]
-        )
-        pixels = F.pad(rows, padding).view(len(x), H, W, -1)
-        return product_over_channels(pixels, F.pad(matrix, padding), bias, self.activation).permute(0, 3, 1, 2)
+        fill = (0, -matrix.shape[1] % 8)
+        pixels = F.pad(rows, fill).view(len(x), H, W, -1)
+        return product_over_channels(pixels, F.pad(matrix, fill), bias, self.activation).permute(0, 3, 1, 2)
 
     absorb = PointwiseConv2d.absorb
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers.mlp import Mlp
 from torch import nn
 
 from replknet.layers import ConvFFN, ConvNorm, DepthwiseConv2d, PointwiseConv2d, reparameterize
+from replknet.layers.activated_linear import ActivatedLinear
 from replknet.layers.cnhw_conv2d import CnhwConv2d
 from replknet.layers.packed_conv2d import PackedConv2d, why_not_packed
 from replknet.layers.pointwise_conv2d import why_not_matrix_product
@@ -142,10 +144,15 @@ def _absorb_activations(model: nn.Module) -> None:
             module.act = _absorbed(module.conv, module.act)
         elif isinstance(module, ConvFFN) and isinstance(module.pw1.bn, nn.Identity):
             module.nonlinear = _absorbed(module.pw1.conv, module.nonlinear)  # type: ignore[assignment]
+        elif type(module) is Mlp and type(module.fc1) is nn.Linear and not module.fc1._forward_hooks:
+            module.fc1.__class__ = ActivatedLinear
+            module.act = _absorbed(module.fc1, module.act)
 
 
 def _absorbed(conv: nn.Module, act: nn.Module) -> nn.Module:
-    return conv.absorb(act) if isinstance(conv, (PackedConv2d, PointwiseConv2d, UnfoldedConv2d)) else act
+    return (
+        conv.absorb(act) if isinstance(conv, (ActivatedLinear, PackedConv2d, PointwiseConv2d, UnfoldedConv2d)) else act
+    )
 
 
 def _convert(model: nn.Module, old: type[nn.Conv2d], new: type[nn.Conv2d], wanted: Callable[[nn.Conv2d], bool]) -> None:

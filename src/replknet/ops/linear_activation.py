@@ -32,7 +32,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, activation: Epilo
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation == "gelu")
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation == "gelu")  # pyright: ignore[reportPrivateImportUsage]
 
 
 _LIBRARY.impl("linear_activation", _run, "CompositeExplicitAutograd")
