@@ -248,3 +248,11 @@ def test_gpu(cuda, execution, form):
     for row in measure_models(["replknet_nano"], settings(**changes)):
         assert row.status == "ok", (row, row.note)
         assert row.peak_mib > 0
+
+
+def test_a_network_that_cannot_run_at_all_is_a_row_too():
+    rows = list(
+        measure_models(["test_resnet", "replknet_nano"], settings(modes=("training",), batches=(1,), size=(32, 32)))
+    )
+    assert rows[0].status == "failed"
+    assert "more than 1 value per channel" in rows[0].note

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import replknet
-from replknet.layers import DepthwiseConv2d, PointwiseConv2d
+from replknet.layers import DepthwiseConv2d, PointwiseConv2d, pointwise_conv2d
+from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
 from replknet.models.optimize import FORMATS
 from replknet.ops import is_cnhw
 
@@ -67,6 +68,48 @@ def test_compiled(mode, memory_format, trained, device):
     got = step(network, x)
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiled_training_that_recomputes(trained, device):
+    torch._dynamo.reset()
+    network, x = build("replknet_nano", trained)
+    network, x = network.to(device), x.to(device)
+    want = step(copy.deepcopy(network).train(), x)
+    network.set_grad_checkpointing(True)
+    replknet.optimize(network, "training", compile=True, recompute=True)
+    got = step(network, x)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
+
+
+def test_activations_are_taken_into_products(trained, monkeypatch):
+    """As on CUDA, where the matrix library applies them."""
+    monkeypatch.setattr(pointwise_conv2d, "_has_epilogue", lambda *_: True)
+    for name in ("replknet_nano", "test_vit"):
+        network, x = build(name, trained)
+        with torch.no_grad():
+            want = network(x)
+        replknet.optimize(network, compile=True)
+        network._compiled_call_impl = None
+        products = [
+            m for m in network.modules() if getattr(m, "activation", None) and not isinstance(m, DepthwiseConv2d)
+        ]
+        assert len(products) >= 5
+        assert not any(isinstance(m, nn.GELU) for m in network.modules())
+        torch.testing.assert_close(network(x), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (4, 4, 0), ((3, 5), (2, 1), (0, 2))])
+def test_a_first_convolution_is_a_matrix_product(kernel, stride, padding, device):
+    conv = nn.Conv2d(3, 16, kernel, stride, padding).to(device).double()
+    x = torch.randn(2, 3, 31, 40, device=device, dtype=torch.float64)
+    want = conv(x)
+    conv.__class__ = UnfoldedConv2d
+    assert why_not_unfolded(conv) is None
+    got = conv(x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +202,7 @@ def test_patched_convolutions_are_left(trained):
         ({"dtype": torch.int8}, ValueError, "dtype must be a floating one"),
         ({"dtype": torch.float16, "mode": "training"}, ValueError, "under torch.autocast"),
         ({"cuda_graph": True}, ValueError, "needs a compiled model on CUDA"),
+        ({"recompute": True}, ValueError, "is for training"),
     ],
 )
 def test_impossible_requests(arguments, error, words):

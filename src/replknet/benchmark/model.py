@@ -90,6 +90,8 @@ class _Subject:
     model: nn.Module
     images: Tensor
     want: dict[str, Tensor]
+    failure: str = ""
+    """Why the eager float32 network itself could not run."""
 
 
 def measure_models(names: Iterable[str], settings: ModelSettings) -> Iterator[ModelRow]:
@@ -114,7 +116,7 @@ def measure_models(names: Iterable[str], settings: ModelSettings) -> Iterator[Mo
 def _measure_batch(
     name: str, model: nn.Module, images: Tensor, mode: Mode, settings: ModelSettings
 ) -> Iterator[ModelRow]:
-    subject = _Subject(name, model, images, _reference(model, images, mode))
+    subject = _subject(name, model, images, mode)
     ours = any(isinstance(module, DepthwiseConv2d) for module in model.modules())
     depthwise = ours or bool(accelerate(copy.deepcopy(model)).replaced)
     # A network without depthwise convolutions is the same with ours as with torch's.
@@ -130,6 +132,13 @@ def _measure_batch(
                 continue
             how = How(mode, merged, convolution, execution, dtype, format_, checkpointing)
             yield _measure(subject, how, settings)
+
+
+def _subject(name: str, model: nn.Module, images: Tensor, mode: Mode) -> _Subject:
+    try:
+        return _Subject(name, model, images, _reference(model, images, mode))
+    except Exception as problem:  # noqa: BLE001 - models raise what they like, batch norm of one value for example
+        return _Subject(name, model, images, {}, _first_line(problem))
 
 
 def _can_merge(model: nn.Module) -> bool:
@@ -154,6 +163,8 @@ def _results(call: Call) -> dict[str, Tensor]:
 
 def _measure(subject: _Subject, how: How, settings: ModelSettings) -> ModelRow:
     row, device = _row(subject, how), subject.images.device
+    if subject.failure:
+        return replace(row, status="failed", note=subject.failure)
     try:
         call = call_of(subject.model, how, subject.images)
         row = _checked(row, subject, how, _results(call))
@@ -165,14 +176,18 @@ def _measure(subject: _Subject, how: How, settings: ModelSettings) -> ModelRow:
         return replace(row, status="out of memory")
     except Exception as problem:  # noqa: BLE001 - compilers raise what they like
         # One combination that a backend or a compiler cannot do must not end a long series; its row says why.
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        return replace(row, status="failed", note=lines[0][:160])
+        return replace(row, status="failed", note=_first_line(problem))
     finally:
         if how.compiled:
             torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return row
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return lines[0][:160]
 
 
 def _row(subject: _Subject, how: How) -> ModelRow:

@@ -18,6 +18,9 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return module(x)
+    if torch.compiler.is_compiling():
+        # A compiler decides per value what to compute again, and moves statistics once in any case.
+        return checkpoint(module, x, use_reentrant=False)  # type: ignore[return-value]
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _spare_statistics(module)

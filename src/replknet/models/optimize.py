@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+import torch._functorch.config as functorch_config
 from timm.layers.mlp import Mlp
-from torch import nn
+from torch import fx, nn
 
 from replknet.layers import ConvFFN, ConvNorm, DepthwiseConv2d, PointwiseConv2d, reparameterize
 from replknet.layers.activated_linear import ActivatedLinear
@@ -36,6 +38,7 @@ def optimize(
     compile: bool | None = None,  # noqa: A002 - torch's own name
     cuda_graph: bool = False,
     autotune: bool = False,
+    recompute: bool = False,
 ) -> nn.Module:
     """Make a RepLKNet, or any other network, fast; in place.
 
@@ -62,6 +65,8 @@ def optimize(
         cuda_graph: compiled code also captures CUDA graphs, which removes the host's launch times; outputs are then
             overwritten by the next call. Inputs of one shape only make sense.
         autotune: let the compiler time its choices of matrix products; the first call takes minutes.
+        recompute: compiled training stores no norm's and no activation's output but computes it again in backward: a
+            third less memory at some of the speed. For more, the model's own `set_grad_checkpointing`.
 
     Returns:
         `model` itself.
@@ -69,7 +74,7 @@ def optimize(
     Raises:
         TypeError: not a module, or one that torch.compile has wrapped already.
         ValueError: an unknown mode or format, a dtype that is not floating or is given for training, CUDA graphs
-            without CUDA or without compilation.
+            without CUDA or without compilation, `recompute` for inference.
 
     Example:
         >>> model = replknet.optimize(timm.create_model("replknet_nano"), "inference")
@@ -79,6 +84,8 @@ def optimize(
     compiled = device.type == "cuda" if compile is None else compile
     if cuda_graph and not (compiled and device.type == "cuda"):
         raise ValueError(f"cuda_graph=True needs a compiled model on CUDA; got compile={compile}, {device}")
+    if recompute and mode == "inference":
+        raise ValueError("recompute=True is for training: inference stores nothing for backward")
     chosen = memory_format or "channels_last"
     if mode == "inference":
         reparameterize(model.eval()).requires_grad_(False)
@@ -96,8 +103,15 @@ def optimize(
             _pack(model)
         _absorb_activations(model)
     if compiled:
-        model.compile(dynamic=False, options=_compiler_options(cuda_graph=cuda_graph, autotune=autotune))
+        options = _compiler_options(cuda_graph=cuda_graph, autotune=autotune)
+        model.compile(dynamic=False, backend=functools.partial(_compile_graph, options=options, recompute=recompute))
     return model
+
+
+def _compile_graph(graph: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any], recompute: bool) -> Any:
+    """TorchInductor, as a backend of torch.compile."""
+    with functorch_config.patch(ban_recompute_materialized_backward=not recompute):
+        return torch._inductor.compile(graph, inputs, options=options)
 
 
 def _check(model: nn.Module, mode: str, dtype: torch.dtype | None, memory_format: str | None) -> None:
