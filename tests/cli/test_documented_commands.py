@@ -10,7 +10,15 @@ from jsonargparse import ArgumentParser
 
 ROOT = Path(__file__).parents[2]
 # The other guides have tests of their own, which also run what they show.
-PAGES = ("README.md", "docs/data.md", "docs/evaluation.md", "docs/export.md", "docs/segmentation.md", "docs/weights.md")
+PAGES = (
+    "README.md",
+    "docs/data.md",
+    "docs/evaluation.md",
+    "docs/export.md",
+    "docs/segmentation.md",
+    "docs/speed.md",
+    "docs/weights.md",
+)
 
 
 def commands() -> list[tuple[str, str]]:
