@@ -64,7 +64,7 @@ def depthwise_conv2d(
     return _library.forward(x, weight, bias, activation, backend)
 
 
-# Asked once: torch.compile cannot look into the question before torch 2.12.
+# Asked once: torch.compile of torch 2.11 cannot look into the question.
 _WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
 
 
@@ -148,5 +148,5 @@ def _is_torchs_own(x: Tensor, weight: Tensor, backend: str) -> bool:
 
 def recording_a_portable_graph() -> bool:
     """Whether the call is being recorded by torch.export, torch.jit.trace, or an ONNX exporter, which uses either."""
-    # Not torch.compiler.is_exporting(): inside torch.compile it is True before torch 2.12.
+    # Not torch.compiler.is_exporting(): inside torch.compile of torch 2.11 it is True.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

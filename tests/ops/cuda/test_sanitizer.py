@@ -21,9 +21,7 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer, of the CUDA toolkit, is not on this machine")
-@pytest.mark.parametrize(
-    ("tool", "arguments"), [("memcheck", []), ("synccheck", []), ("racecheck", ["every_lane_arrives"])]
-)
+@pytest.mark.parametrize(("tool", "arguments"), [("memcheck", []), ("racecheck", ["every_lane_arrives"])])
 def test_no_reports(tool, arguments):
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "20"]
