@@ -116,3 +116,19 @@ def test_fusing_costs_nothing_more():
     model = timm.create_model("replknet_nano").eval()
     merged = complexity(replknet.reparameterize(model, fold_norms=False), (3, 32, 32)).macs
     assert complexity(replknet.reparameterize(model), (3, 32, 32)).macs == merged
+
+
+def test_parts_of_a_wrapped_network_are_its_own():
+    class Wrapper(nn.Module):
+        def __init__(self, network: nn.Module):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x)
+
+    network = timm.create_model("replknet_nano")
+    inner, outer = complexity(network, (3, 64, 64)), complexity(Wrapper(network), (3, 64, 64))
+    assert [part.name for part in outer.parts] == [f"network.{part.name}" for part in inner.parts]
+    assert sum(part.macs for part in outer.parts) == inner.macs
+    assert [part.name for part in complexity(nn.Sequential(nn.Conv2d(3, 4, 1)), (3, 8, 8)).parts] == ["0"]

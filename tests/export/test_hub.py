@@ -109,11 +109,15 @@ def test_requests_that_are_refused(tmp_path):
     (tmp_path / "m" / "precious").write_text("x")
     with pytest.raises(UsageError, match="exists"):
         save_model(model, tmp_path / "m")
-    with pytest.raises(UsageError, match="folder of other things than a model"):
+    with pytest.raises(UsageError, match=r"holds other things than a model \(precious\)"):
         save_model(model, tmp_path / "m", overwrite=True)
     (tmp_path / "m" / "precious").unlink()
     save_model(model, tmp_path / "m")
     save_model(model, tmp_path / "m", overwrite=True)
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"other things than a model \(notes.txt\)"):
+        save_model(model, tmp_path / "m", overwrite=True)
+    (tmp_path / "m" / "notes.txt").unlink()
     with pytest.raises(UsageError, match="no model folder"):
         push_model(tmp_path, "me/m")
     with pytest.raises(UsageError, match="no name on the hub"):

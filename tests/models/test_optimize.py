@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import replknet
-from replknet.layers import DepthwiseConv2d, PointwiseConv2d, pointwise_conv2d
+from replknet.layers import DepthwiseConv2d, PointwiseConv2d, epilogue
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
 from replknet.models.optimize import FORMATS
 from replknet.ops import is_cnhw
@@ -85,7 +85,7 @@ def test_compiled_training_that_recomputes(trained, device):
 
 def test_activations_are_taken_into_products(trained, monkeypatch):
     """As on CUDA, where the matrix library applies them."""
-    monkeypatch.setattr(pointwise_conv2d, "_has_epilogue", lambda *_: True)
+    monkeypatch.setattr(epilogue, "_has_epilogue", lambda *_: True)
     for name in ("replknet_nano", "test_vit"):
         network, x = build(name, trained)
         with torch.no_grad():
@@ -202,7 +202,8 @@ def test_patched_convolutions_are_left(trained):
         ({"dtype": torch.int8}, ValueError, "dtype must be a floating one"),
         ({"dtype": torch.float16, "mode": "training"}, ValueError, "under torch.autocast"),
         ({"cuda_graph": True}, ValueError, "needs a compiled model on CUDA"),
-        ({"recompute": True}, ValueError, "is for training"),
+        ({"recompute": True}, ValueError, "is for compiled training"),
+        ({"recompute": True, "mode": "training"}, ValueError, "is for compiled training"),
     ],
 )
 def test_impossible_requests(arguments, error, words):

@@ -124,8 +124,14 @@ def _run(model: nn.Module, x: Tensor) -> _Trace:
 
 
 def _part_names(model: nn.Module) -> Iterator[str]:
-    """Direct children, and the children of plain containers (`stages.0`) instead of these."""
-    for name, child in model.named_children():
+    """Direct children, and instead of plain containers (`stages.0`) and of a wrapper's only child, their children."""
+    children = dict(model.named_children())
+    if len(children) == 1:
+        ((name, only),) = children.items()
+        inside = list(_part_names(only)) if not list(only.parameters(recurse=False)) else []
+        yield from (f"{name}.{inner}" for inner in inside) if inside else (name,)
+        return
+    for name, child in children.items():
         if type(child) in (nn.Sequential, nn.ModuleList):
             yield from (f"{name}.{inner}" for inner, _ in child.named_children())
         else:

@@ -81,14 +81,18 @@ def save_model(
     return folder
 
 
+# What `save_model` writes and the hub's own client adds.
+_MODEL_FILES = ("config.json", "model.safetensors", "README.md", ".gitattributes", ".cache")
+
+
 def _why_not_replaceable(folder: Path) -> str | None:
     """None where replacing `folder` loses nothing but a model, else what stands against it."""
     if not folder.exists():
         return None
     if not folder.is_dir():
         return "is a file"
-    if any(folder.iterdir()) and not (folder / "config.json").is_file():
-        return "is a folder of other things than a model (it has no config.json)"
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in _MODEL_FILES):
+        return f"holds other things than a model ({foreign[0]})"
     return None
 
 

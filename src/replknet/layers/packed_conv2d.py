@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from replknet.layers.depthwise_conv2d import why_not_same_depthwise
-from replknet.layers.pointwise_conv2d import ACTIVATIONS, PointwiseConv2d
-from replknet.ops import Epilogue, depthwise_conv2d, recording_a_portable_graph
+from replknet.layers.epilogue import Activated
+from replknet.ops import depthwise_conv2d, recording_a_portable_graph
 
 _SLOW_WIDTHS = (11, 13)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -25,25 +25,20 @@ class _Packed:
         return _Packed, ()
 
 
-class PackedConv2d(nn.Conv2d):
+class PackedConv2d(Activated, nn.Conv2d):
     """Drop-in `nn.Conv2d`: same parameters and state-dict keys, any groups, float32 or bfloat16.
 
     torch's convolution and matrix product rearrange the weight at every call, which for one image takes as long as a
     third of the arithmetic. Here that is done once, and again after the weight has changed. Where a gradient is asked
-    for, or a graph is recorded or compiled, the layer is torch's convolution.
-
-    Attributes:
-        activation: None, "relu" or "gelu" (exact), applied in the same kernel.
+    for, or a graph is recorded or compiled, the layer is torch's convolution. The activation runs in the same kernel.
     """
 
-    activation: Epilogue | None = None
-    absorb = PointwiseConv2d.absorb
     _packed: _Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, C_in, H, W]`, or `[C_in, H, W]` as `nn.Conv2d`; channels_last out."""
         if not self._can_run(x):
-            return ACTIVATIONS[self.activation](self._unpacked(x))
+            return self.activate(self._unpacked(x))
         channels_last = x.contiguous(memory_format=torch.channels_last)
         attributes = (self.padding, self.stride, self.dilation, self.groups, self.activation or "none", [], "none")
         return torch.ops.mkldnn._convolution_pointwise(channels_last, self._weight(x), self.bias, *attributes)

@@ -3,30 +3,25 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replknet.layers.pointwise_conv2d import ACTIVATIONS, PointwiseConv2d, product_over_channels
-from replknet.ops import Epilogue, recording_a_portable_graph
+from replknet.layers.epilogue import Activated, product_over_channels
+from replknet.ops import recording_a_portable_graph
 from replknet.ops.depthwise_conv2d import under_autocast
 
 _MOST_TAPS = 64
 
 
-class UnfoldedConv2d(nn.Conv2d):
+class UnfoldedConv2d(Activated, nn.Conv2d):
     """Drop-in `nn.Conv2d` for the first layer of a network: images unfolded by a compiler, then one matrix product.
 
     Libraries' convolutions of three channels use a small part of a GPU. The rows of the unfolded image are padded to a
     multiple of 8 values, so that the matrix product can read 16 bytes at a time. Run uncompiled it is slow.
     Output channels_last.
-
-    Attributes:
-        activation: None, "relu" or "gelu", as `PointwiseConv2d`.
     """
-
-    activation: Epilogue | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's own name
         """Convolve `[N, C_in, H, W]` or `[C_in, H, W]`."""
         if input.dim() != 4 or recording_a_portable_graph() or why_not_unfolded(self) is not None:
-            return ACTIVATIONS[self.activation](super().forward(input))
+            return self.activate(super().forward(input))
         x, weight, bias = under_autocast(input, self.weight, self.bias)
         padding: tuple[int, int] = self.padding  # type: ignore[assignment]
         rows = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride).transpose(1, 2)
@@ -36,8 +31,6 @@ class UnfoldedConv2d(nn.Conv2d):
         fill = (0, -matrix.shape[1] % 8)
         pixels = F.pad(rows, fill).view(len(x), H, W, -1)
         return product_over_channels(pixels, F.pad(matrix, fill), bias, self.activation).permute(0, 3, 1, 2)
-
-    absorb = PointwiseConv2d.absorb
 
 
 def why_not_unfolded(conv: nn.Conv2d) -> str | None:

@@ -20,13 +20,18 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor, activation: Epilo
     An operator of its own, because compilers take the library's product and the activation apart.
 
     Args:
-        x: `[M, K]`, contiguous.
-        weight: `[N, K]`.
-        bias: `[N]`.
+        x: `[M, K]`, contiguous, any floating dtype.
+        weight: `[N, K]` of x's dtype.
+        bias: `[N]` of x's dtype.
         activation: "relu"; or "gelu", on CUDA in the tanh form, which is off by up to 5e-4 from the exact one.
 
     Returns:
         `[M, N]` in x's dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, as `torch.addmm`.
+
+    Source: cuBLASLt's epilogues, by `torch._addmm_activation`.
     """
     return torch.ops.replknet.linear_activation(x, weight, bias, activation)
 

@@ -31,7 +31,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-
     size = parse_size(args.size)
     official = [name for name, entry in WEIGHTS.items() if entry.task == "detection"]
     counted = {name: count(name, size, merged=args.merged) for name in args.DETECTOR or official}
