@@ -88,6 +88,13 @@ def test_a_file_without_a_description_needs_a_name(tmp_path, checkpoint):
         assert open_model("replknet_nano", weights=tmp_path / name, small_kernel=5).outputs == 3
 
 
+def test_a_damaged_file_is_told_as_such_without_a_name_too(tmp_path, checkpoint):
+    torch.save(checkpoint[1], tmp_path / "whole.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    with pytest.raises(RunError, match="half.pth is damaged"):
+        open_model(weights=tmp_path / "half.pth")
+
+
 def test_wrong_requests_are_named(tmp_path):
     with pytest.raises(UsageError, match="no model was named"):
         open_model()

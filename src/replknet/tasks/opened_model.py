@@ -12,7 +12,7 @@ from replknet._errors import UsageError
 from replknet.data.class_names import class_names, imagenet_class_names
 from replknet.data.transforms import CropMode, ImageFormat
 from replknet.layers import reparameterize
-from replknet.models.checkpoints import load_checkpoint
+from replknet.models.checkpoints import load_checkpoint, read_state_dict
 from replknet.models.factory import create_model
 
 
@@ -75,12 +75,15 @@ def open_model(
 
     Raises:
         UsageError: no name and none in the weights, or a request that cannot be met.
+        RunError: the weights are damaged.
     """
     described = describe_checkpoint(weights) if weights is not None else None
     if name is None:
         if described is None:
-            given = f"{weights} does not tell its architecture" if weights is not None else "no model was named"
-            raise UsageError(f"{given}; name it, for example replknet_31b")
+            if weights is None:
+                raise UsageError("no model was named; name one, for example replknet_31b")
+            read_state_dict(weights)  # a damaged file is told as such
+            raise UsageError(f"{weights} does not tell its architecture; name it, for example replknet_31b")
         name = str(described["model"])
     if described is not None:
         num_classes = described.get("num_classes") if num_classes is None else num_classes
