@@ -91,7 +91,7 @@ def test_a_file_without_a_description_needs_a_name(tmp_path, checkpoint):
 def test_a_damaged_file_is_told_as_such_without_a_name_too(tmp_path, checkpoint):
     torch.save(checkpoint[1], tmp_path / "whole.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
-    with pytest.raises(RunError, match="half.pth is damaged"):
+    with pytest.raises(RunError, match=r"half\.pth is damaged"):
         open_model(weights=tmp_path / "half.pth")
 
 
