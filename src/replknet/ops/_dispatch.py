@@ -19,6 +19,14 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # Multiply-adds below which the CPU's rearrangements cost more than they save.
 _TOO_SMALL = 50_000
+# Below either, turning a float32 weight by 180 degrees (8 us and more) costs what the faster convolution saves, on one
+# core and on two: torch's gradient took 0.6 to 1.0 of the time for 49 and 98 outputs a channel under 9x9 to 15x15
+# (1.1 to 1.5 from 196 on), and 0.9 to 1.0 for 1 to 5 million multiply-adds (1.0 to 1.2 for 8 to 20 million).
+_FEW_OUTPUTS = 128
+_TOO_SMALL_TO_TURN = 6_000_000
+# Columns of a channels_last weight, and the width of map from which torch's float32 gradient took 0.92 to 1.07 of the
+# time of the convolution with the turned weight (1.03 to 1.6 on narrower maps).
+_LEVEL_FROM_WIDTH = {9: 56, 11: 28}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -180,15 +188,15 @@ def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
         return "torch", "float64 has one kernel on a CPU"
     if problem.dtype != torch.float32:
         return "rearranged", "half precision is faster computed in float32 on a CPU"
-    n, _, h, w = problem.x_shape
-    if math.prod(problem.kernel) > n * h * w and problem.kernel[1] <= _rearranged.CPU_CONTIGUOUS_WIDTH:
-        return "torch", "rewriting a weight larger than its input costs more than it saves"
     return _forward_on_cpu(problem) if pass_ == "forward" else _input_grad_on_cpu(problem)
 
 
 def _forward_on_cpu(problem: Problem) -> tuple[str, str]:
     kw = problem.kernel[1]
     if problem.channels_last and kw in _rearranged.CPU_SLOW_WIDTHS:
+        n, _, h, w = problem.x_shape
+        if n * h * w < _rearranged.CPU_SLOW_WIDTHS[kw] * math.prod(problem.kernel):
+            return "torch", "widening the weight costs more than it saves for so few outputs"
         return "rearranged", f"a weight widened by zeros to {_rearranged.CPU_FAST_WIDTH} columns is faster"
     if problem.channels_last or kw <= _rearranged.CPU_CONTIGUOUS_WIDTH:
         return "torch", "torch's kernel for this format is the fastest"
@@ -196,10 +204,15 @@ def _forward_on_cpu(problem: Problem) -> tuple[str, str]:
 
 
 def _input_grad_on_cpu(problem: Problem) -> tuple[str, str]:
+    n, c, h, w = problem.x_shape
     kh, kw = problem.kernel
     if kw == 1 or kh * kw <= 11:
         return "torch", "torch's gradient is the fastest for so small a weight"
-    few = kh * kw <= 153 or (kh <= 5 and problem.x_shape[2] < 28)
+    if n * h * w < _FEW_OUTPUTS or n * c * h * w * kh * kw < _TOO_SMALL_TO_TURN:
+        return "torch", "turning the weight costs more than it saves for so few outputs"
+    if problem.channels_last and w >= _LEVEL_FROM_WIDTH.get(kw, w + 1):
+        return "torch", f"torch's gradient of {kw} channels_last columns is as fast on so wide a map"
+    few = kh * kw <= 153 or (kh <= 5 and h < 28)
     if few and kw > _rearranged.CPU_CONTIGUOUS_WIDTH and not problem.channels_last:
         return "torch", "changing the format costs more than the faster kernel saves"
     return "rearranged", "torch's forward convolution with the flipped weight beats its gradient"
