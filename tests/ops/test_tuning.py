@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from replknet.ops import _tuning, autotune, depthwise_conv2d, explain
+from replknet.ops import _decided, _tuning, autotune, depthwise_conv2d, explain
 from replknet.ops._dispatch import _choose
 from replknet.ops._problem import Problem
 
@@ -16,8 +16,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("REPLKNET_CACHE", str(tmp_path))
     monkeypatch.delenv("REPLKNET_AUTOTUNE", raising=False)
     _choose.cache_clear()
+    _decided.clear()
     yield
     _choose.cache_clear()
+    _decided.clear()
 
 
 def entries(tmp_path):

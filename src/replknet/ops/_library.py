@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from replknet.ops._decided import decide, key_of, run_of
 from replknet.ops._dispatch import Choice, choose, implementation
-from replknet.ops._problem import Pass, dense, in_format_of, is_channels_last, is_cnhw, problem_of
+from replknet.ops._problem import Pass, as_format_of, dense, in_format_of, is_channels_last, is_cnhw, problem_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("replknet", "DEF")
@@ -31,21 +32,6 @@ _define("depthwise_conv2d_input_grad(Tensor grad_y, Tensor weight, str backend) 
 _define("depthwise_conv2d_weight_grad(Tensor grad_y, Tensor x, SymInt kh, SymInt kw, str backend) -> Tensor")
 
 
-def _as_format_of(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the format of a dense tensor, strides of size-1 dimensions included.
-
-    The fake kernels promise exactly these strides, whatever a backend returns.
-    """
-    N, C, H, W = value.shape
-    expected = (C * H * W, H * W, W, 1)
-    if not like.is_contiguous():
-        expected = (H * W, N * H * W, W, 1) if is_cnhw(like) else (C * H * W, 1, W * C, C)
-    if value.stride() == expected:
-        return value
-    value = in_format_of(value, like)
-    return value if value.stride() == expected else value.as_strided(value.shape, expected)
-
-
 def _run(choice: Choice, pass_: Pass, device: torch.device, *arguments) -> Tensor:
     run = getattr(implementation(choice.backend), pass_)
     if torch.is_autocast_enabled(device.type):
@@ -61,7 +47,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
     if x.numel() == 0:
         return _empty_in_format(x)
     y = _run(choice, "forward", x.device, x, weight.contiguous(), bias, activation)
-    return _as_format_of(y, x)
+    return as_format_of(y, x)
 
 
 def _input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -69,7 +55,7 @@ def _input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
     choice = choose("input_grad", problem_of(grad_y, (weight.shape[2], weight.shape[3])), backend)
     if grad_y.numel() == 0:
         return _empty_in_format(grad_y)
-    return _as_format_of(_run(choice, "input_grad", grad_y.device, grad_y, weight.contiguous()), grad_y)
+    return as_format_of(_run(choice, "input_grad", grad_y.device, grad_y, weight.contiguous()), grad_y)
 
 
 def _weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
@@ -140,6 +126,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 
 def input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_input_grad`, likewise."""
+    key = key_of("input_grad", grad_y, weight, None, None, backend)
+    if run := run_of(key) or decide(key, "input_grad", (grad_y, weight), (weight.shape[2], weight.shape[3]), backend):
+        dx = run(grad_y, weight)
+        return dx if dx.stride() == grad_y.stride() else as_format_of(dx, grad_y)
     if _nobody_listens(grad_y, weight):
         return _input_grad(grad_y, weight, backend)
     run = _InputGradFunction.apply if transformed() else _OPERATORS["input_grad"]
@@ -148,6 +138,9 @@ def input_grad(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, backend: str) -> Tensor:
     """The operator `replknet::depthwise_conv2d_weight_grad`, likewise."""
+    key = key_of("weight_grad", grad_y, x, None, (kh, kw), backend)
+    if run := run_of(key) or decide(key, "weight_grad", (grad_y, x), (kh, kw), backend):
+        return run(grad_y, x, kh, kw).contiguous()
     if _nobody_listens(grad_y, x):
         return _weight_grad(grad_y, x, kh, kw, backend)
     run = _WeightGradFunction.apply if transformed() else _OPERATORS["weight_grad"]

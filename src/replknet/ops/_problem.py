@@ -52,6 +52,26 @@ def in_format_of(value: Tensor, like: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
 
 
+def dense_strides(like: Tensor) -> tuple[int, int, int, int]:
+    """The strides, those of size-1 dimensions included, of a result in the format of a dense tensor.
+
+    The fake kernels promise exactly these, whatever a backend returns.
+    """
+    N, C, H, W = like.shape
+    if like.is_contiguous():
+        return (C * H * W, H * W, W, 1)
+    return (H * W, N * H * W, W, 1) if is_cnhw(like) else (C * H * W, 1, W * C, C)
+
+
+def as_format_of(value: Tensor, like: Tensor) -> Tensor:
+    """The value, of like's shape, with exactly the strides of `dense_strides`; a copy only where it is in another."""
+    expected = dense_strides(like)
+    if value.stride() == expected:
+        return value
+    value = in_format_of(value, like)
+    return value if value.stride() == expected else value.as_strided(value.shape, expected)
+
+
 def problem_of(x: Tensor, kernel: tuple[int, int]) -> Problem:
     """The problem that a dense x poses with a kernel of `(Kh, Kw)`."""
     n, c, h, w = x.shape

@@ -25,12 +25,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """`[N, C, H, W]` in x's dtype; the format is the one that was fast."""
-    dtype = x.dtype
-    if x.is_cpu and dtype in _HALF:
-        x, weight = x.float(), weight.float()
+    if x.is_cpu and x.dtype in _HALF:
         bias = None if bias is None else bias.float()
+        return forward(x.float(), weight.float(), bias, activation).to(x.dtype)
     y = _convolve(x, _reaching_part(weight, x), bias)
-    return (y.relu_() if activation == "relu" else y).to(dtype)
+    return y.relu_() if activation == "relu" else y
 
 
 def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
@@ -59,15 +58,16 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
 
 
 def _reaching_part(weight: Tensor, x: Tensor) -> Tensor:
-    kh, kw = reaching(weight.shape[2], x.shape[2]), reaching(weight.shape[3], x.shape[3])
-    if (kh, kw) == weight.shape[2:]:
+    (_, _, height, width), (_, _, H, W) = weight.shape, x.shape
+    kh, kw = reaching(height, H), reaching(width, W)
+    if kh == height and kw == width:
         return weight
-    top, left = (weight.shape[2] - kh) // 2, (weight.shape[3] - kw) // 2
+    top, left = (height - kh) // 2, (width - kw) // 2
     return weight[:, :, top : top + kh, left : left + kw]
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    kh, kw = weight.shape[2:]
+    C, _, kh, kw = weight.shape
     if kh == kw == 1:
         scale = weight.view(1, -1, 1, 1)
         return x * scale if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, scale)
@@ -75,7 +75,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_cpu and fast == torch.channels_last and kw in CPU_SLOW_WIDTHS:
         margin = (CPU_FAST_WIDTH - kw) // 2
         weight, kw = F.pad(weight, (margin, margin)), CPU_FAST_WIDTH
-    return F.conv2d(x.contiguous(memory_format=fast), weight, bias, padding=(kh // 2, kw // 2), groups=x.shape[1])
+    return F.conv2d(x.contiguous(memory_format=fast), weight, bias, 1, (kh // 2, kw // 2), 1, C)
 
 
 def reaching(kernel: int, size: int) -> int:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replknet.ops import _library, _torch, _tuning
-from replknet.ops._dispatch import BACKENDS, Backend, choose
-from replknet.ops._problem import dense, is_cnhw, problem_of
+from replknet.ops import _library
+from replknet.ops._decided import decide, key_of, run_of
+from replknet.ops._dispatch import BACKENDS, Backend
+from replknet.ops._problem import as_format_of
 
 Activation = Literal["relu"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,19 +50,22 @@ def depthwise_conv2d(
 
     Source: Ding et al. 2022, arXiv:2203.06717, sec. 3 and appendix.
     """
+    key = None if torch.compiler.is_compiling() else key_of("forward", x, weight, bias, activation, backend)
+    if key is not None and (run := run_of(key)):
+        return _like(x, run(x, weight, bias, activation))
     x, weight, bias = under_autocast(x, weight, bias)
     if recording_a_portable_graph():
         y = F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
         return y.relu() if activation == "relu" else y
-    listened = torch.compiler.is_compiling() or _library.transformed()
-    key = None if listened else _key(x, weight, bias, activation, backend)
-    if key in _TORCHS_OWN:
-        return _torch.forward(x, weight, bias, activation)
     check_arguments(x, weight, bias, activation, backend)
-    if key is not None and _is_torchs_own(x, weight, backend):
-        _TORCHS_OWN.add(key)
-        return _torch.forward(x, weight, bias, activation)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if key is not None and (run := decide(key, "forward", tensors, (weight.shape[2], weight.shape[3]), backend)):
+        return _like(x, run(x, weight, bias, activation))
     return _library.forward(x, weight, bias, activation, backend)
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    return y if y.stride() == x.stride() else as_format_of(y, x)
 
 
 # Asked once: torch.compile of torch 2.11 cannot look into the question.
@@ -115,35 +119,6 @@ def _check_kinds(x: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"x is {x.dtype}, {name} is {other.dtype}; convert one, or call inside torch.autocast")
     if x.device != other.device:
         raise ValueError(f"x is on {x.device}, {name} is on {other.device}; move one of them")
-
-
-# Calls that are known to be torch's own: checking and choosing again costs more than some of them take.
-_TORCHS_OWN: set[tuple] = set()
-_MOST_KEPT = 4096
-
-
-def _key(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: str | None) -> tuple | None:
-    """All that the decision for torch's own depends on; None where it is never taken: other devices, autotuning."""
-    if not x.is_cpu or len(_TORCHS_OWN) >= _MOST_KEPT or _tuning.enabled():
-        return None
-    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    about_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    return (x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, weight.device, about_bias, gradient, *rest)
-
-
-def _is_torchs_own(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether every pass that this call can lead to is torch's own on a CPU, so that no operator has to be between.
-
-    Going through an operator written in Python costs 20 us, which shows at this size of problem only.
-    """
-    if backend != "auto" or dense(x) is not x or is_cnhw(x):
-        return False
-    problem = problem_of(x, (weight.shape[2], weight.shape[3]))
-    if choose("forward", problem).backend != "torch":
-        return False
-    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return True
-    return choose("input_grad", problem).backend == choose("weight_grad", problem).backend == "torch"
 
 
 def recording_a_portable_graph() -> bool:
