@@ -4,7 +4,10 @@ The constants of a kernel's template are computed here a second time; tests hold
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -15,6 +18,10 @@ WEIGHT_GRAD = ("common.cuh", "weight_grad.cu")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 LARGEST_KERNEL = 63
 HEAD = 256
+# Tiles of a problem that tuning measures: each is a kernel to compile.
+MOST_TILES = 12
+THREADS = 1024
+THREADS_OF_MULTIPROCESSOR = 1536
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,22 @@ class Columns:
     offset: int
     tiles: int
 
+    def __str__(self) -> str:
+        return f"{self.tiles}x{self.outputs}"
+
+
+class Tile:
+    """Tuning parameters of a kernel, a dataclass; a tile's text is its name wherever measurements are kept."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    blocks: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+AnyTile = TypeVar("AnyTile", bound=Tile)
+
 
 @dataclass(frozen=True)
 class ForwardPlan:
@@ -73,7 +96,7 @@ class WeightGradPlan:
 
 
 @dataclass(frozen=True)
-class ForwardTile:
+class ForwardTile(Tile):
     """Tuning parameters of the forward kernel.
 
     Attributes:
@@ -93,7 +116,7 @@ class ForwardTile:
 
 
 @dataclass(frozen=True)
-class WeightGradTile:
+class WeightGradTile(Tile):
     """Tuning parameters of the weight-gradient kernel.
 
     Attributes:
@@ -203,6 +226,58 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
                     if _forward_fits(shape, gpu, tile, columns, min(shape.h, _row_step(tile))):
                         return tile
     raise NotImplementedError(too_large(shape, gpu))
+
+
+def forward_tiles(shape: Shape, gpu: Gpu) -> tuple[ForwardTile, ...]:
+    """The default tile and, behind it, others that tuning should measure: each differs from the default in one respect.
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    default, columns = default_forward_tile(shape, gpu), columns_of(shape.w, shape.kw)
+    low, high = deltas(shape.kw, columns)
+
+    def fits(tile: ForwardTile) -> bool:
+        # As the kernel estimates it where it decides how far to load ahead.
+        fragments = (2 if tile.images >= 8 else 4) * (high - low + 1)
+        registers = 44 + tile.tiles * (4 * columns.outputs + fragments)
+        return feasible(forward_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
+
+    return offered(default, _forward_variations(shape, columns, default), fits)
+
+
+def _forward_variations(shape: Shape, columns: Columns, default: ForwardTile) -> Iterator[ForwardTile]:
+    for images in (default.images * 2, default.images // 2):
+        if images in (1, 2, 4, 8, 16) and images < 2 * shape.n:
+            yield replace(default, images=images, groups=max(1, default.groups * default.images // images))
+    for tiles in (1, 2, 4):
+        yield replace(default, tiles=tiles)
+    if columns.inputs <= 2:
+        for groups in (default.groups * 2, default.groups // 2):
+            if groups in _groups(shape, default.images):
+                yield replace(default, groups=groups)
+        settings = (4, 4, 2, 3), (4, 4, 3, 2), (8, 4, 2, 2), (4, 2, 2, 4), (4, 4, 1, 4), (8, 4, 3, 1)
+    else:
+        settings = (8, 4, 2, 1), (12, 4, 1, 1), (8, 4, 3, 1), (4, 4, 1, 2), (8, 8, 2, 1), (12, 4, 2, 1), (4, 4, 2, 1)
+    for warps, producers, stages, blocks in settings:
+        yield replace(default, warps=warps, producers=producers, stages=stages, blocks=blocks)
+
+
+def offered(default: AnyTile, others: Iterable[AnyTile], fits: Callable[[AnyTile], bool]) -> tuple[AnyTile, ...]:
+    """The default and the first of the others that fit, with half as many blocks if need be; at most `MOST_TILES`."""
+    halved = (tile if fits(tile) else replace(tile, blocks=max(1, tile.blocks // 2)) for tile in others)
+    new = (tile for tile in dict.fromkeys(halved) if tile != default and fits(tile))
+    return (default, *islice(new, MOST_TILES - 1))
+
+
+def feasible(launch: Launch, gpu: Gpu, blocks: int, registers: int) -> bool:
+    """Whether so many blocks of a launch fit a multiprocessor: shared memory, threads, and registers a thread."""
+    return (
+        launch.shared_bytes <= budget(gpu, blocks)
+        and launch.block <= THREADS
+        and launch.block * blocks <= THREADS_OF_MULTIPROCESSOR
+        and registers <= min(255, 65536 // (blocks * round_up(launch.block, 128)))
+    )
 
 
 def _spread(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> ForwardTile:
@@ -318,6 +393,40 @@ def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
                 if _weight_grad_fits(shape, gpu, tile, columns, rows):
                     return tile
     raise NotImplementedError(too_large(shape, gpu))
+
+
+def weight_grad_tiles(shape: Shape, gpu: Gpu) -> tuple[WeightGradTile, ...]:
+    """As `forward_tiles`."""
+    default, columns = default_weight_grad_tile(shape, gpu), columns_of(shape.w, shape.kw)
+    low, high = deltas(shape.kw, columns)
+
+    def fits(tile: WeightGradTile) -> bool:
+        registers = 44 + 4 * tile.pairs * (high - low + 1) + 4 * tile.shared * math.ceil(columns.outputs / 2)
+        return feasible(weight_grad_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
+
+    return offered(default, _weight_grad_variations(shape, columns, default), fits)
+
+
+def _weight_grad_variations(shape: Shape, columns: Columns, default: WeightGradTile) -> Iterator[WeightGradTile]:
+    for images in (default.images * 2, default.images // 2):
+        if images in (1, 2, 4, 8, 16) and images < 2 * shape.n:
+            groups = max(1, default.groups * default.images // images)
+            yield replace(default, images=images, shared=2 if images >= 8 else 1, groups=groups)
+    if default.images >= 8:
+        yield replace(default, shared=3 - default.shared)
+    warps, all_pairs = _weight_grad_warps(shape, default), (shape.kh + 1) // 2
+    for pairs in (math.ceil(default.pairs / 2), min(all_pairs, 2 * default.pairs)):
+        yield replace(default, pairs=pairs, slices=max(1, warps // math.ceil(all_pairs / pairs)))
+    for slices in (default.slices * 2, default.slices // 2):
+        if slices:
+            yield replace(default, slices=slices)
+    if columns.inputs == 1:
+        for groups in (default.groups * 2, default.groups // 2):
+            if groups in _groups(shape, default.images):
+                yield replace(default, groups=groups)
+    narrow = (2, 3, 2), (2, 1, 4), (2, 2, 4), (4, 2, 2), (2, 1, 8)
+    for producers, stages, blocks in narrow if columns.inputs <= 4 else ((4, 3, 1), (2, 2, 1), (4, 1, 2), (8, 2, 1)):
+        yield replace(default, producers=producers, stages=stages, blocks=blocks)
 
 
 def _weight_grad_rows(shape: Shape, gpu: Gpu, tile: WeightGradTile, columns: Columns) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -13,11 +14,14 @@ from replknet.ops.cuda._plan import (
     WEIGHT_GRAD,
     Columns,
     Shape,
+    Tile,
     band,
     budget,
     columns_of,
     deltas,
+    feasible,
     image_stride,
+    offered,
     round_up,
     splits_of,
     table_bytes,
@@ -35,7 +39,7 @@ SET_OVERHEAD = 40
 
 
 @dataclass(frozen=True)
-class ForwardTile:
+class ForwardTile(Tile):
     """Tuning parameters of the forward kernel.
 
     Attributes:
@@ -135,6 +139,25 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
     if best is None:
         raise NotImplementedError(too_large(shape, gpu))
     return best
+
+
+def forward_tiles(shape: Shape, gpu: Gpu) -> tuple[ForwardTile, ...]:
+    """The default tile and, behind it, others that tuning should measure: those with the least estimated work.
+
+    Raises:
+        NotImplementedError: no tile fits the GPU's shared memory.
+    """
+    default = default_forward_tile(shape, gpu)
+    others = sorted(_forward_tiles(shape, gpu), key=lambda tile: _forward_work(shape, tile, gpu))
+    movers = (replace(default, loaders=loaders, storers=storers) for loaders, storers in ((4, 4), (2, 2), (4, 2)))
+
+    def fits(tile: ForwardTile) -> bool:
+        low, high = deltas(shape.kw, tile.columns)
+        fragments = 2 * tile.tiles * (high - low + 1) if tile.images == 8 or tile.tiles <= 2 else 2 * (high - low + 1)
+        registers = 44 + 4 * tile.tiles * tile.columns.outputs + fragments
+        return feasible(forward_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
+
+    return offered(default, chain(movers, others), fits)
 
 
 def set_rows(tile: ForwardTile) -> int:
@@ -243,7 +266,7 @@ def _copy_width(shape: Shape, channels: int) -> int:
 
 
 @dataclass(frozen=True)
-class WeightGradTile:
+class WeightGradTile(Tile):
     """Tuning parameters of the weight-gradient kernel.
 
     Attributes:
@@ -333,6 +356,20 @@ def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
     if best is None:
         raise NotImplementedError(too_large(shape, gpu))
     return best
+
+
+def weight_grad_tiles(shape: Shape, gpu: Gpu) -> tuple[WeightGradTile, ...]:
+    """As `forward_tiles`."""
+    default = default_weight_grad_tile(shape, gpu)
+    others = sorted(_weight_grad_tiles(shape, gpu), key=lambda tile: _weight_grad_work(shape, tile))
+    movers = (replace(default, loaders=loaders) for loaders in (2, 8))
+
+    def fits(tile: WeightGradTile) -> bool:
+        low, high = deltas(shape.kw, tile.columns)
+        registers = 44 + 4 * tile.pairs * (high - low + 1) + 4 * tile.shared * math.ceil(tile.columns.outputs / 2)
+        return feasible(weight_grad_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
+
+    return offered(default, chain(movers, others), fits)
 
 
 def _weight_grad_tiles(shape: Shape, gpu: Gpu) -> Iterator[WeightGradTile]:
