@@ -62,7 +62,7 @@ def test_the_faster_one_is_chosen():
         ({"torch": 2.0, "rearranged": 1.0}, "rearranged"),
         ({"torch": 1, "rearranged": 2}, "torch"),
     ):
-        _tuning.write(key, _tuning.Measurement("torch", times))
+        _tuning.write(key, _tuning.Measurement(times))
         _choose.cache_clear()
         assert explain(*tensors()).forward.backend == expected
 
@@ -70,7 +70,7 @@ def test_the_faster_one_is_chosen():
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', '{"microseconds": {}}', "\x00" * 50])
 def test_damaged_entries_count_as_absent(damage, tmp_path, caplog):
     key = _tuning.key_of("forward", PROBLEM)
-    _tuning.write(key, _tuning.Measurement("torch", {"torch": 1.0, "rearranged": 2.0}))
+    _tuning.write(key, _tuning.Measurement({"torch": 1.0, "rearranged": 2.0}))
     (entry,) = entries(tmp_path)
     entry.write_text(damage)
     with caplog.at_level(logging.ERROR):
@@ -82,13 +82,13 @@ def test_damaged_entries_count_as_absent(damage, tmp_path, caplog):
 
 def test_an_entry_without_times_counts_as_absent(tmp_path):
     key = _tuning.key_of("forward", PROBLEM)
-    _tuning.write(key, _tuning.Measurement("torch", {}))
+    _tuning.write(key, _tuning.Measurement({}))
     assert _tuning.read(key) is None
 
 
 def test_entries_of_another_key_count_as_absent(tmp_path):
     key = _tuning.key_of("forward", PROBLEM)
-    _tuning.write(key, _tuning.Measurement("torch", {"torch": 1.0}))
+    _tuning.write(key, _tuning.Measurement({"torch": 1.0}))
     (entry,) = entries(tmp_path)
     content = json.loads(entry.read_text())
     content["key"]["torch"] = "0.0"
@@ -98,7 +98,7 @@ def test_entries_of_another_key_count_as_absent(tmp_path):
 
 def test_a_preference_that_cannot_run_is_not_taken():
     key = _tuning.key_of("forward", PROBLEM)
-    _tuning.write(key, _tuning.Measurement("cuda", {"cuda": 1.0, "torch": 2.0}))
+    _tuning.write(key, _tuning.Measurement({"cuda": 1.0, "torch": 2.0}))
     assert explain(*tensors()).forward.backend in ("torch", "rearranged")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,13 +33,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs one pass, and why it was chosen."""
+    """The backend that runs one pass, why it was chosen, and the tile of its kernel where tuning found a better one."""
 
     backend: str
     reason: str
+    tile: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend} ({self.reason})"
+        tile = "" if self.tile is None else f" with tile {self.tile}"
+        return f"{self.backend}{tile} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,21 @@ def can_run_cuda(pass_: Pass, problem: Problem) -> str | None:
         from replknet.ops import cuda
     except ImportError as error:
         return f"the compiler front end cannot be imported: {error}"
-    return cuda.can_run(
+    return _of_cuda(cuda.can_run, pass_, problem)
+
+
+def tiles_of(backend: str, pass_: Pass, problem: Problem) -> tuple[str, ...]:
+    """Names of the tiles, other than the default, that tuning measures; only this project's CUDA kernels have any."""
+    return _of_cuda(implementation("cuda").tiles, pass_, problem) if backend == "cuda" else ()
+
+
+def compile_tiles(pass_: Pass, problem: Problem) -> None:
+    """Compile the kernels of all tiles of the CUDA kernels at once."""
+    _of_cuda(implementation("cuda").compile_tiles, pass_, problem)
+
+
+def _of_cuda(question: Callable[..., Any], pass_: Pass, problem: Problem) -> Any:
+    return question(
         problem.x_shape,
         problem.weight_shape,
         problem.dtype,
@@ -129,7 +146,7 @@ def _choose(pass_: Pass, problem: Problem, backend: str, autotune: bool) -> Choi
     candidates = {name: can_run(name, pass_, problem) for name in BACKENDS[1:]}
     runnable = tuple(name for name, reason in candidates.items() if reason is None)
     if measured := _tuning.fastest(pass_, problem, runnable, measure=autotune):
-        return Choice(measured.backend, f"measured: {measured}")
+        return Choice(measured.backend, f"measured: {measured}", measured.tile)
     if "cuda" in runnable:
         return _default_with_kernels(pass_, problem)
     without = f"no CUDA kernel: {candidates['cuda']}; " if problem.device.type == "cuda" else ""

@@ -6,6 +6,7 @@ in what they take, so that the gradient of each of the three is made of the othe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,8 @@ _define("depthwise_conv2d_weight_grad(Tensor grad_y, Tensor x, SymInt kh, SymInt
 
 def _run(choice: Choice, pass_: Pass, device: torch.device, *arguments) -> Tensor:
     run = getattr(implementation(choice.backend), pass_)
+    if choice.tile is not None:
+        run = functools.partial(run, tile=choice.tile)
     if torch.is_autocast_enabled(device.type):
         # The caller has cast already; a backend that computes in a wider dtype must not be cast back.
         with torch.autocast(device.type, enabled=False):

@@ -5,8 +5,12 @@ that do not fit shared memory, run on contiguous copies, which `runs_natively` t
 driver is touched before the first call of `can_run`, `forward` or a gradient.
 """
 
+import contextlib
 import functools
 import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,7 +18,9 @@ from torch import Tensor
 from replknet.ops._problem import Pass, is_channels_last
 from replknet.ops.cuda import _plan
 from replknet.ops.cuda import _plan_channels_last as _plan_cl
-from replknet.ops.cuda._launch import Launch, gpu_of, launch
+from replknet.ops.cuda._compile import compile_kernel
+from replknet.ops.cuda._launch import Gpu, Launch, gpu_of, launch
+from replknet.ops.cuda._plan import AnyTile
 
 _FLIP, _RELU = 1, 2
 
@@ -65,7 +71,54 @@ def runs_natively(
     return True
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def tiles(
+    x_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    device: torch.device,
+    pass_: Pass,
+) -> tuple[str, ...]:
+    """Names of the tiles other than the default that are worth measuring; none where contiguous copies are made."""
+    shape, index = _allocated(x_shape, *weight_shape[2:], dtype, channels_last), _index(device)
+    plans = _plan_cl if channels_last else _plan
+    offer = plans.weight_grad_tiles if pass_ == "weight_grad" else plans.forward_tiles
+    try:
+        return tuple(map(str, offer(shape, gpu_of(index))[1:]))
+    except NotImplementedError:
+        return ()
+
+
+def compile_tiles(
+    x_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    device: torch.device,
+    pass_: Pass,
+) -> None:
+    """Compile the kernels of all `tiles`, several at once, into the disk cache; what fails fails again when it runs."""
+    shape, index = _allocated(x_shape, *weight_shape[2:], dtype, channels_last), _index(device)
+
+    def compile_one(tile: str) -> None:
+        if pass_ == "weight_grad":
+            plan = (_weight_grad_plan_channels_last if channels_last else _weight_grad_plan)(shape, index, tile)
+        else:
+            plan = (
+                _forward_plan_channels_last(shape, index, tile) if channels_last else _forward_plan(shape, index, tile)
+            )
+        if plan is not None:
+            with contextlib.suppress(RuntimeError):
+                compile_kernel(plan.launch.sources, plan.launch.expression, gpu_of(index).arch)
+
+    names = tiles(x_shape, weight_shape, dtype, channels_last=channels_last, device=device, pass_=pass_)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, names))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, tile: str | None = None) -> Tensor:
     """The convolution.
 
     Args:
@@ -73,24 +126,27 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
         weight: `[C, 1, Kh, Kw]`, contiguous.
         bias: `[C]` or None.
         activation: None or "relu".
+        tile: a name out of `tiles`; the default tile where it is None or not offered for this shape.
 
     Returns:
         `[N, C, H, W]` like x, in x's memory format.
     """
-    return _convolve(x, weight, None if bias is None else bias.contiguous(), _RELU if activation == "relu" else 0)
+    bias = None if bias is None else bias.contiguous()
+    return _convolve(x, weight, bias, _RELU if activation == "relu" else 0, tile)
 
 
-def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
+def input_grad(grad_y: Tensor, weight: Tensor, tile: str | None = None) -> Tensor:
     """Gradient of the convolution to its input: the convolution of `grad_y` with the weight turned by 180 degrees."""
-    return _convolve(grad_y, weight, None, _FLIP)
+    return _convolve(grad_y, weight, None, _FLIP, tile)
 
 
-def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
+def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, tile: str | None = None) -> Tensor:
     """Gradient of the convolution to its weight, `[C, 1, kh, kw]` in x's dtype; two calls give the same bits.
 
     Args:
         grad_y, x: `[N, C, H, W]`, both contiguous or both channels_last.
         kh, kw: kernel size.
+        tile: as in `forward`.
     """
     n, c, h, w = x.shape
     out = torch.empty(c, 1, kh, kw, dtype=x.dtype, device=x.device)
@@ -98,13 +154,13 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
         return out.zero_()
     plan = None
     if is_channels_last(x):
-        plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device))
+        plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device), tile)
     if plan is not None:
         sizes = (n, c, h, w, *plan.arguments)
     else:
         if is_channels_last(x):
             x, grad_y = x.contiguous(), grad_y.contiguous()
-        plan = _weight_grad_plan(_shape(x, kh, kw, grad_y), _index(x.device))
+        plan = _weight_grad_plan(_shape(x, kh, kw, grad_y), _index(x.device), tile)
         strides = (x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1))
         sizes = (n, c, h, w, *strides, plan.item_images, plan.item_rows, plan.x_stride, plan.y_stride)
     partial = torch.empty(plan.splits, out.numel(), dtype=torch.float32, device=x.device)
@@ -120,29 +176,31 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     return out
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int, tile: str | None) -> Tensor:
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     kh, kw = weight.shape[2:]
     if not is_channels_last(x):
-        _convolve_contiguous(x, weight, bias, y, flags)
-    elif (plan := _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device))) is not None:
+        _convolve_contiguous(x, weight, bias, y, flags, tile)
+    elif (plan := _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device), tile)) is not None:
         launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *plan.arguments, flags)
     else:
         copy = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _convolve_contiguous(x.contiguous(), weight, bias, copy, flags)
+        _convolve_contiguous(x.contiguous(), weight, bias, copy, flags, None)
         y.copy_(copy)
     return y
 
 
-def _convolve_contiguous(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, flags: int) -> None:
+def _convolve_contiguous(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, flags: int, tile: str | None
+) -> None:
     (n, c, h, w), (kh, kw) = x.shape, weight.shape[2:]
-    plan = _forward_plan(_shape(x, kh, kw, y), _index(x.device))
+    plan = _forward_plan(_shape(x, kh, kw, y), _index(x.device), tile)
     strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
-    tile = (plan.item_images, plan.item_rows, plan.stride)
-    launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *strides, *tile, flags)
+    item = (plan.item_images, plan.item_rows, plan.stride)
+    launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *strides, *item, flags)
 
 
 def _index(device: torch.device) -> int:
@@ -165,6 +223,27 @@ def _nominal(x_shape: tuple[int, int, int, int], kh: int, kw: int, dtype: torch.
     return _plan.Shape(n, c, h, w, kh, kw, dtype, 3 if dtype == torch.float32 else 1, 2)
 
 
+def _allocated(
+    x_shape: tuple[int, int, int, int], kh: int, kw: int, dtype: torch.dtype, channels_last: bool
+) -> _plan.Shape:
+    """The shape of newly allocated tensors."""
+    n, c, h, w = (max(1, size) for size in x_shape)
+    align = _alignment((c if channels_last else w) * dtype.itemsize)
+    return _plan.Shape(n, c, h, w, kh, kw, dtype, _planes(dtype), align)
+
+
+def _named(
+    tile: str | None, offer: Callable[[_plan.Shape, Gpu], tuple[AnyTile, ...]], shape: _plan.Shape, gpu: Gpu
+) -> AnyTile | None:
+    """The tile of this name among those offered; None, the default, where there is none, as for another shape's."""
+    if tile is None:
+        return None
+    try:
+        return {str(one): one for one in offer(shape, gpu)}.get(tile)
+    except NotImplementedError:
+        return None
+
+
 def _shape(x: Tensor, kh: int, kw: int, other: Tensor) -> _plan.Shape:
     n, c, h, w = x.shape
     align = _alignment(x.data_ptr() | other.data_ptr() | w * x.element_size())
@@ -178,27 +257,31 @@ def _shape_channels_last(x: Tensor, kh: int, kw: int, other: Tensor) -> _plan.Sh
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_plan(shape: _plan.Shape, index: int) -> _plan.ForwardPlan:
-    return _plan.forward_plan(shape, gpu_of(index))
+def _forward_plan(shape: _plan.Shape, index: int, tile: str | None) -> _plan.ForwardPlan:
+    gpu = gpu_of(index)
+    return _plan.forward_plan(shape, gpu, _named(tile, _plan.forward_tiles, shape, gpu))
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_grad_plan(shape: _plan.Shape, index: int) -> _plan.WeightGradPlan:
-    return _plan.weight_grad_plan(shape, gpu_of(index))
+def _weight_grad_plan(shape: _plan.Shape, index: int, tile: str | None) -> _plan.WeightGradPlan:
+    gpu = gpu_of(index)
+    return _plan.weight_grad_plan(shape, gpu, _named(tile, _plan.weight_grad_tiles, shape, gpu))
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_plan_channels_last(shape: _plan.Shape, index: int) -> _plan_cl.ForwardPlan | None:
+def _forward_plan_channels_last(shape: _plan.Shape, index: int, tile: str | None) -> _plan_cl.ForwardPlan | None:
+    gpu = gpu_of(index)
     try:
-        return _plan_cl.forward_plan(shape, gpu_of(index))
+        return _plan_cl.forward_plan(shape, gpu, _named(tile, _plan_cl.forward_tiles, shape, gpu))
     except NotImplementedError:
         return None
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_grad_plan_channels_last(shape: _plan.Shape, index: int) -> _plan_cl.WeightGradPlan | None:
+def _weight_grad_plan_channels_last(shape: _plan.Shape, index: int, tile: str | None) -> _plan_cl.WeightGradPlan | None:
+    gpu = gpu_of(index)
     try:
-        return _plan_cl.weight_grad_plan(shape, gpu_of(index))
+        return _plan_cl.weight_grad_plan(shape, gpu, _named(tile, _plan_cl.weight_grad_tiles, shape, gpu))
     except NotImplementedError:
         return None
 
