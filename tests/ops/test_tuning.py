@@ -1,10 +1,12 @@
 import json
 import logging
+import time
+from typing import ClassVar
 
 import pytest
 import torch
 
-from replknet.ops import _decided, _tuning, autotune, depthwise_conv2d, explain
+from replknet.ops import _decided, _dispatch, _library, _tuning, autotune, depthwise_conv2d, explain
 from replknet.ops._dispatch import _choose
 from replknet.ops._problem import Problem
 
@@ -121,3 +123,80 @@ def test_every_thing_that_matters_is_in_the_key():
     ]
     assert all(_tuning.key_of(*other) != base for other in others)
     assert {"torch", "replknet", "threads", "device"} <= set(base)
+
+
+class FakeKernels:
+    """A backend with three tiles on a CPU: one is fast, one is wrong, and the default is slow."""
+
+    GIVEN: ClassVar[list] = []
+
+    @classmethod
+    def forward(cls, x, weight, bias, activation, tile=None):
+        cls.GIVEN.append(tile)
+        if tile is None:
+            time.sleep(0.004)
+        y = torch.nn.functional.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
+        return y * 2 if tile == "images=9" else y
+
+    @staticmethod
+    def tiles(*shapes, **about):
+        return ("images=8", "images=9")
+
+    @staticmethod
+    def compile_tiles(*shapes, **about):
+        pass
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    original = _dispatch.implementation
+    fake = lambda name: FakeKernels if name == "cuda" else original(name)  # noqa: E731
+    monkeypatch.setattr(_dispatch, "implementation", fake)
+    monkeypatch.setattr(_library, "implementation", fake)
+    monkeypatch.setattr(_dispatch, "can_run_cuda", lambda pass_, problem: None)
+    FakeKernels.GIVEN.clear()
+
+
+def test_the_fastest_tile_is_kept_told_and_run(kernels, caplog):
+    found = _tuning.measure_problem("forward", PROBLEM, ("cuda", "cuda images=8", "cuda images=9"))
+    assert found is not None
+    assert (found.backend, found.tile) == ("cuda", "images=8")
+    assert set(found.microseconds) == {"cuda", "cuda images=8"}
+    assert "cuda images=9 cannot be tuned" in caplog.text
+    assert "its result differs" in caplog.text
+    _tuning.write(_tuning.key_of("forward", PROBLEM), found)
+    choice = _dispatch.choose("forward", PROBLEM)
+    assert choice.tile == "images=8"
+    assert str(choice).startswith("cuda with tile images=8 (measured: cuda images=8 ")
+    FakeKernels.GIVEN.clear()
+    x, w = tensors()
+    _library._run(choice, "forward", x.device, x, w, None, None)
+    assert FakeKernels.GIVEN == ["images=8"]
+
+
+def test_autotuning_measures_backends_and_tiles(kernels, tmp_path):
+    with autotune():
+        assert _dispatch.choose("forward", PROBLEM).backend in ("cuda", "rearranged", "torch")
+    (entry,) = entries(tmp_path)
+    assert set(json.loads(entry.read_text())["microseconds"]) == {"cuda", "cuda images=8", "rearranged", "torch"}
+
+
+def test_a_tile_that_is_no_longer_offered_counts_as_absent(kernels):
+    key = _tuning.key_of("forward", PROBLEM)
+    _tuning.write(key, _tuning.Measurement({"cuda images=4": 1.0, "cuda": 2.0}))
+    assert _tuning.fastest("forward", PROBLEM, ("cuda", "torch"), measure=False) is None
+    _tuning.write(key, _tuning.Measurement({"cuda images=8": 1.0, "cuda": 2.0}))
+    found = _tuning.fastest("forward", PROBLEM, ("cuda", "torch"), measure=False)
+    assert found is not None
+    assert found.tile == "images=8"
+
+
+def test_an_entry_of_backends_alone_means_the_default_tile(kernels):
+    _tuning.write(_tuning.key_of("forward", PROBLEM), _tuning.Measurement({"cuda": 1.0, "torch": 2.0}))
+    assert _dispatch.choose("forward", PROBLEM).tile is None
+
+
+def test_no_images_are_not_measured(tmp_path):
+    with autotune():
+        assert depthwise_conv2d(torch.ones(0, 8, 12, 12), torch.ones(8, 1, 5, 5)).shape == (0, 8, 12, 12)
+    assert entries(tmp_path) == []
