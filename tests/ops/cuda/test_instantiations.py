@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from replknet.ops.cuda import _plan, _plan_channels_last
+from replknet.ops.cuda import _plan, _plan_channels_last, _plan_direct
 from replknet.ops.cuda._compile import _nvrtc, source
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Shape
@@ -28,12 +28,29 @@ GPUS = (
     Gpu("sm_100", 148, 232448),
     Gpu("sm_120", 170, 101376),
 )
+
+
+def direct_forward_plan(shape: Shape, gpu: Gpu) -> _plan_direct.DirectPlan:
+    if not _plan_direct.suits(shape, weight_grad=False):
+        raise NotImplementedError
+    return _plan_direct.forward_plan(shape, gpu, flags=0)
+
+
+def direct_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan_direct.DirectPlan:
+    if not _plan_direct.suits(shape, weight_grad=True):
+        raise NotImplementedError
+    return _plan_direct.weight_grad_plan(shape, gpu)
+
+
 PASSES = {
     "forward": _plan.forward_plan,
     "weight_grad": _plan.weight_grad_plan,
     "forward, channels_last": _plan_channels_last.forward_plan,
     "weight_grad, channels_last": _plan_channels_last.weight_grad_plan,
+    "forward, channels_last, direct": direct_forward_plan,
+    "weight_grad, channels_last, direct": direct_weight_grad_plan,
 }
+DIRECT = ("forward, channels_last, direct", "weight_grad, channels_last, direct")
 SAMPLE = 300
 
 
@@ -97,9 +114,12 @@ def every_instantiation():
 
 
 IMPORTANT = {
-    "31x31 on 56x56": (PASSES, 64, 128, 56, 31, 31, torch.float16, 1),
+    "31x31 on 56x56": (tuple(PASSES)[:4], 64, 128, 56, 31, 31, torch.float16, 1),
     "27x27 on 14x14": (("forward", "weight_grad"), 64, 512, 14, 27, 27, torch.bfloat16, 1),
     "13x13 on 7x7": (("forward",), 64, 1024, 7, 13, 13, torch.float16, 1),
+    "5x5 on 14x14": (DIRECT, 64, 512, 14, 5, 5, torch.bfloat16, 1),
+    "7x7 on 56x56 in float32": (DIRECT, 64, 128, 56, 7, 7, torch.float32, 3),
+    "3x3 on 112x112, odd channels": (DIRECT, 64, 31, 112, 3, 3, torch.float16, 1),
     "51x5 on 56x56": (("forward",), 64, 124, 56, 51, 5, torch.bfloat16, 1),
     "31x31 on 56x56 in float32": (
         ("forward", "forward, channels_last", "weight_grad, channels_last"),
@@ -165,6 +185,9 @@ def expected_stack(expression: str) -> int:
     if kernel == "forward_nhwc":
         # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128.
         return 104 if values[8] > 2 else 24
+    if kernel in ("forward_direct", "weight_grad_direct"):
+        # Taps, sums and pixels on their way of two channels fill what a thread has; most where channels are read one by one.
+        return 192
     # Kernel rows and deltas of a warp: up to 112 accumulators beside 168 registers.
     return 64
 

@@ -1,7 +1,7 @@
-"""Tensor-core kernels for NVIDIA GPUs from sm_80 on, compiled by NVRTC at first use.
+"""Kernels for NVIDIA GPUs from sm_80 on, compiled by NVRTC at first use: on tensor cores, but for small ones.
 
-Contiguous and channels_last tensors run as they are in 16-bit types; channels_last float32, and channels_last tiles
-that do not fit shared memory, run on contiguous copies, which `runs_natively` tells. Nothing of the compiler or the
+Contiguous and channels_last tensors run as they are; channels_last tiles that do not fit shared memory run on
+contiguous copies, which `runs_natively` tells. Nothing of the compiler or the
 driver is touched before the first call of `can_run`, `forward` or a gradient.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replknet.ops._problem import Pass, is_channels_last
-from replknet.ops.cuda import _plan
+from replknet.ops.cuda import _plan, _plan_direct
 from replknet.ops.cuda import _plan_channels_last as _plan_cl
 from replknet.ops.cuda._compile import compile_kernel
 from replknet.ops.cuda._launch import Gpu, Launch, gpu_of, launch
@@ -46,6 +46,8 @@ def can_run(
     if major < 8:
         return f"the GPU is sm_{major}{minor}; the kernels need sm_80 or newer"
     shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
+    if channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad"):
+        return None
     plan = _plan.default_weight_grad_tile if pass_ == "weight_grad" else _plan.default_forward_tile
     try:
         plan(shape, gpu_of(index))
@@ -64,8 +66,10 @@ def runs_natively(
     kh, kw = weight_shape[2:]
     shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
     try:
-        _plan_cl.forward_plan(shape, gpu_of(index))
-        _plan_cl.weight_grad_plan(shape, gpu_of(index))
+        if not _plan_direct.suits(shape, weight_grad=False):
+            _plan_cl.forward_plan(shape, gpu_of(index))
+        if not _plan_direct.suits(shape, weight_grad=True):
+            _plan_cl.weight_grad_plan(shape, gpu_of(index))
     except NotImplementedError:
         return False
     return True
@@ -84,8 +88,10 @@ def tiles(
     shape, index = _allocated(x_shape, *weight_shape[2:], dtype, channels_last), _index(device)
     plans = _plan_cl if channels_last else _plan
     offer = plans.weight_grad_tiles if pass_ == "weight_grad" else plans.forward_tiles
+    # Where the default is the kernel without tensor cores, theirs are all others.
+    first = 0 if channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad") else 1
     try:
-        return tuple(map(str, offer(shape, gpu_of(index))[1:]))
+        return tuple(map(str, offer(shape, gpu_of(index))[first:]))
     except NotImplementedError:
         return ()
 
@@ -107,7 +113,9 @@ def compile_tiles(
             plan = (_weight_grad_plan_channels_last if channels_last else _weight_grad_plan)(shape, index, tile)
         else:
             plan = (
-                _forward_plan_channels_last(shape, index, tile) if channels_last else _forward_plan(shape, index, tile)
+                _forward_plan_channels_last(shape, index, 0, tile)
+                if channels_last
+                else _forward_plan(shape, index, tile)
             )
         if plan is not None:
             with contextlib.suppress(RuntimeError):
@@ -155,7 +163,9 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, tile: str | None = 
     plan = None
     if is_channels_last(x):
         plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device), tile)
-    if plan is not None:
+    if isinstance(plan, _plan_direct.DirectPlan):
+        sizes = (n, h, w, plan.rows)
+    elif plan is not None:
         sizes = (n, c, h, w, *plan.arguments)
     else:
         if is_channels_last(x):
@@ -184,7 +194,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int, tile: 
     kh, kw = weight.shape[2:]
     if not is_channels_last(x):
         _convolve_contiguous(x, weight, bias, y, flags, tile)
-    elif (plan := _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device), tile)) is not None:
+        return y
+    plan = _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device), flags, tile)
+    if isinstance(plan, _plan_direct.DirectPlan):
+        launch(plan.launch, x.device, x, weight, bias, y, n, h, w, plan.rows)
+    elif plan is not None:
         launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *plan.arguments, flags)
     else:
         copy = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -269,19 +283,29 @@ def _weight_grad_plan(shape: _plan.Shape, index: int, tile: str | None) -> _plan
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_plan_channels_last(shape: _plan.Shape, index: int, tile: str | None) -> _plan_cl.ForwardPlan | None:
+def _forward_plan_channels_last(
+    shape: _plan.Shape, index: int, flags: int, tile: str | None
+) -> _plan_direct.DirectPlan | _plan_cl.ForwardPlan | None:
     gpu = gpu_of(index)
     try:
-        return _plan_cl.forward_plan(shape, gpu, _named(tile, _plan_cl.forward_tiles, shape, gpu))
+        named = _named(tile, _plan_cl.forward_tiles, shape, gpu)
+        if named is None and _plan_direct.suits(shape, weight_grad=False):
+            return _plan_direct.forward_plan(shape, gpu, flags)
+        return _plan_cl.forward_plan(shape, gpu, named)
     except NotImplementedError:
         return None
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_grad_plan_channels_last(shape: _plan.Shape, index: int, tile: str | None) -> _plan_cl.WeightGradPlan | None:
+def _weight_grad_plan_channels_last(
+    shape: _plan.Shape, index: int, tile: str | None
+) -> _plan_direct.DirectPlan | _plan_cl.WeightGradPlan | None:
     gpu = gpu_of(index)
     try:
-        return _plan_cl.weight_grad_plan(shape, gpu, _named(tile, _plan_cl.weight_grad_tiles, shape, gpu))
+        named = _named(tile, _plan_cl.weight_grad_tiles, shape, gpu)
+        if named is None and _plan_direct.suits(shape, weight_grad=True):
+            return _plan_direct.weight_grad_plan(shape, gpu)
+        return _plan_cl.weight_grad_plan(shape, gpu, named)
     except NotImplementedError:
         return None
 

@@ -13,6 +13,8 @@ typedef unsigned int u32;
 typedef long long i64;
 
 enum { F16 = 0, BF16 = 1, F32 = 2 };
+// Flags of a forward kernel: turn the weight by 180 degrees; ReLU.
+enum { FLIP = 1, RELU = 2 };
 
 __host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int cmax(int a, int b) { return a > b ? a : b; }

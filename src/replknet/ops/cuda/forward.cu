@@ -10,9 +10,6 @@
 // blocks with output block j at input block j + OFF, NI images a tile, MT tiles a task, V bytes a copy (2: through registers),
 // SV columns a store (1, 2, 4), consumer and producer warps, blocks a multiprocessor.
 
-// Flags: turn the weight by 180 degrees; ReLU.
-enum { FLIP = 1, RELU = 2 };
-
 template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int V, int SV, int WARPS, int PROD, int MINB>
 struct Forward {
   using B = Band<KW>;

@@ -171,6 +171,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
 template <int DT> __global__ __launch_bounds__(256) void weight_grad_sum(const float* __restrict__ partial, void* __restrict__ dw, int splits, i64 n) {
   for (i64 i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
     float sum = 0.f;
+#pragma unroll 8
     for (int s = 0; s < splits; s++) sum += partial[s * n + i];
     if constexpr (DT == F32) ((float*)dw)[i] = sum;
     else ((u16*)dw)[i] = (u16)pack2<DT>(sum, 0.f);
