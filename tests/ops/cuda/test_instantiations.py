@@ -186,7 +186,7 @@ def expected_stack(expression: str) -> int:
         # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128.
         return 104 if values[8] > 2 else 24
     if kernel in ("forward_direct", "weight_grad_direct"):
-        # Taps, sums and pixels on their way of two channels fill what a thread has; most where channels are read one by one.
+        # Taps, sums and pixels on their way fill what a thread has, most where channels are read one by one.
         return 192
     # Kernel rows and deltas of a warp: up to 112 accumulators beside 168 registers.
     return 64
