@@ -1,8 +1,8 @@
 """Kernels for NVIDIA GPUs from sm_80 on, compiled by NVRTC at first use: on tensor cores, but for small ones.
 
 Contiguous and channels_last tensors run as they are; channels_last tiles that do not fit shared memory run on
-contiguous copies, which `runs_natively` tells. Nothing of the compiler or the
-driver is touched before the first call of `can_run`, `forward` or a gradient.
+contiguous copies, which `runs_natively` tells. Nothing of the compiler or the driver is touched before the first call
+of `can_run`, `forward` or a gradient.
 """
 
 import contextlib
