@@ -165,7 +165,7 @@ def _default_with_kernels(pass_: Pass, problem: Problem) -> Choice:
         problem.x_shape, problem.weight_shape, problem.dtype, problem.device
     ):
         return Choice("cuda", "tensor-core kernels, on contiguous copies: no channels_last kernel takes this call")
-    return Choice("cuda", "tensor-core kernels for this shape, dtype and format")
+    return Choice("cuda", "this project's kernels for this shape, dtype and format")
 
 
 def _faster_in_torch(pass_: Pass, problem: Problem) -> str | None:
