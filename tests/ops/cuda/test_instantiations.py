@@ -245,9 +245,9 @@ def test_a_sample_of_all_kernels_compiles_within_its_resources(elf):
     ]
     heads = {plan.launch.expression.split(",")[0] for plan, _ in chosen}
     assert heads == {
-        f"{kind}_{layout}<{dtype}"
+        f"{kind}_{route}<{dtype}"
         for kind in ("forward", "weight_grad")
-        for layout in ("nchw", "nhwc")
+        for route in ("nchw", "nhwc", "direct")
         for dtype in range(3)
     }
     compiled = compile_all(chosen)
