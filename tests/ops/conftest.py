@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from replknet.ops import depthwise_conv2d_fft
+from replknet.ops import _cpu, _decided, _dispatch, depthwise_conv2d_fft
 
 # Largest |error| over largest |value|, against float64 on the same inputs. Measured on a CPU over 300 random shapes a
 # dtype (60 for float64), kernels up to 63x63; at most 1.2e-14, 1.6e-6, 3.9e-3 and 4.7e-4. The factor of two or three
@@ -93,3 +93,21 @@ def oracle():
         setattr(Oracle, helper.__name__, staticmethod(helper))
     Oracle.tolerance = TOLERANCE
     return Oracle
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """Makes the choices on a CPU those for "avx512" or "avx2"; whatever the processor, all of torch's kernels run."""
+
+    def forget() -> None:
+        _cpu.form_of.cache_clear()
+        _dispatch._choose.cache_clear()
+        _decided.clear()
+
+    def set_to(name: str) -> None:
+        monkeypatch.setattr(_cpu, "has_avx512", lambda: name == "avx512")
+        forget()
+
+    yield set_to
+    monkeypatch.undo()
+    forget()

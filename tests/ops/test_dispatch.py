@@ -13,50 +13,6 @@ def problem(n, c, h, w, kh, kw, *, dtype=torch.float32, channels_last=False, dev
     return Problem((n, c, h, w), (kh, kw), dtype, channels_last, device)
 
 
-def test_large_kernels_on_a_cpu_leave_torchs_slow_kernels():
-    large = problem(8, 128, 56, 56, 31, 31)
-    assert [choose(pass_, large).backend for pass_ in PASSES] == ["rearranged"] * 3
-
-
-def test_small_kernels_on_a_cpu_stay_with_torch():
-    small = problem(8, 128, 56, 56, 3, 3)
-    assert [choose(pass_, small).backend for pass_ in PASSES] == ["torch"] * 3
-
-
-@pytest.mark.parametrize(
-    ("given", "pass_", "backend"),
-    [
-        (problem(2, 256, 14, 14, 13, 13), "forward", "torch"),
-        (problem(2, 256, 14, 14, 13, 13, channels_last=True), "forward", "rearranged"),
-        (problem(2, 256, 14, 14, 15, 15), "forward", "rearranged"),
-        (problem(2, 256, 14, 14, 15, 15, channels_last=True), "forward", "torch"),
-        (problem(4, 512, 7, 7, 31, 31, channels_last=True), "forward", "rearranged"),
-        (problem(2, 64, 56, 56, 1, 1), "forward", "rearranged"),
-        (problem(2, 64, 56, 56, 11, 1), "weight_grad", "torch"),
-        (problem(4, 512, 7, 7, 11, 1), "weight_grad", "rearranged"),
-        (problem(2, 64, 56, 56, 1, 11), "weight_grad", "rearranged"),
-        (problem(1, 1, 4, 4, 3, 3), "weight_grad", "torch"),
-        (problem(1, 1024, 7, 7, 13, 13, channels_last=True), "forward", "torch"),
-        (problem(1, 512, 14, 14, 11, 11, channels_last=True), "forward", "torch"),
-        (problem(8, 512, 14, 14, 11, 11, channels_last=True), "forward", "rearranged"),
-        (problem(1, 1024, 7, 7, 13, 13), "input_grad", "torch"),
-        (problem(2, 1024, 7, 7, 13, 13, channels_last=True), "input_grad", "torch"),
-        (problem(8, 1024, 7, 7, 13, 13), "input_grad", "rearranged"),
-        (problem(1, 512, 14, 14, 5, 5), "input_grad", "torch"),
-        (problem(8, 512, 14, 14, 5, 5), "input_grad", "rearranged"),
-        (problem(1, 512, 14, 14, 27, 27), "input_grad", "rearranged"),
-        (problem(8, 128, 56, 56, 11, 11, channels_last=True), "input_grad", "torch"),
-        (problem(8, 512, 14, 14, 11, 11, channels_last=True), "input_grad", "rearranged"),
-        (problem(8, 128, 56, 56, 11, 11), "input_grad", "rearranged"),
-        (problem(2, 64, 28, 28, 7, 7, dtype=torch.bfloat16), "forward", "rearranged"),
-        (problem(2, 64, 28, 28, 7, 7, dtype=torch.float64), "weight_grad", "torch"),
-    ],
-)
-def test_measured_thresholds(given, pass_, backend):
-    choice = choose(pass_, given)
-    assert choice.backend == backend, choice
-
-
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_a_backend_asked_for_runs_or_says_why(backend, pass_):

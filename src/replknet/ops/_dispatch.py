@@ -12,22 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from replknet.ops import _rearranged, _torch, _tuning
+from replknet.ops import _cpu, _rearranged, _torch, _tuning
 from replknet.ops._problem import Pass, Problem, dense, problem_of
 
 Backend = Literal["auto", "cuda", "rearranged", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# Multiply-adds below which the CPU's rearrangements cost more than they save.
-_TOO_SMALL = 50_000
-# Below either, turning a float32 weight by 180 degrees (8 us and more) costs what the faster convolution saves, on one
-# core and on two: torch's gradient took 0.6 to 1.0 of the time for 49 and 98 outputs a channel under 9x9 to 15x15
-# (1.1 to 1.5 from 196 on), and 0.9 to 1.0 for 1 to 5 million multiply-adds (1.0 to 1.2 for 8 to 20 million).
-_FEW_OUTPUTS = 128
-_TOO_SMALL_TO_TURN = 6_000_000
-# Columns of a channels_last weight, and the width of map from which torch's float32 gradient took 0.92 to 1.07 of the
-# time of the convolution with the turned weight (1.03 to 1.6 on narrower maps).
-_LEVEL_FROM_WIDTH = {9: 56, 11: 28}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -180,69 +170,11 @@ def _faster_in_torch(pass_: Pass, problem: Problem) -> str | None:
 def _default_of_torch(pass_: Pass, problem: Problem) -> tuple[str, str]:
     """The faster arrangement of torch's own kernels where ours cannot run."""
     if problem.device.type == "cpu":
-        return _default_on_cpu(pass_, problem)
+        return _cpu.default(pass_, problem)
     if problem.device.type == "cuda" and max(problem.kernel) > 7:
         # H100: dgrad 14182 us as torch's gradient, 7926 us as its forward, for 64,128,56²,31 in float16.
         return "rearranged", "torch's gradients of large kernels are slower than its forward convolution"
     return "torch", f"torch's own kernels on {problem.device.type}"
-
-
-def _default_on_cpu(pass_: Pass, problem: Problem) -> tuple[str, str]:
-    # Every threshold here is from minima of interleaved runs on one core with AVX-512, torch 2.14.1.
-    exact = problem.dtype in (torch.float32, torch.float64)
-    if exact and math.prod((*problem.x_shape, *problem.kernel)) < _TOO_SMALL:
-        return "torch", "too small for anything but the overhead of a call to matter"
-    near = tuple(_rearranged.reaching(k, size) for k, size in zip(problem.kernel, problem.x_shape[2:], strict=True))
-    if 2 * near[0] * near[1] <= problem.kernel[0] * problem.kernel[1]:
-        return "rearranged", f"only {near[0]}x{near[1]} taps reach the map"
-    if near == (1, 1):
-        return "rearranged", "a 1x1 depthwise convolution is a scaling"
-    if pass_ == "weight_grad":
-        return _weight_grad_on_cpu(problem)
-    if problem.dtype == torch.float64:
-        if problem.channels_last:
-            return "rearranged", "torch's float64 kernel is faster in the contiguous format"
-        return "torch", "float64 has one kernel on a CPU"
-    if problem.dtype != torch.float32:
-        return "rearranged", "half precision is faster computed in float32 on a CPU"
-    return _forward_on_cpu(problem) if pass_ == "forward" else _input_grad_on_cpu(problem)
-
-
-def _forward_on_cpu(problem: Problem) -> tuple[str, str]:
-    kw = problem.kernel[1]
-    if problem.channels_last and kw in _rearranged.CPU_SLOW_WIDTHS:
-        n, _, h, w = problem.x_shape
-        if n * h * w < _rearranged.CPU_SLOW_WIDTHS[kw] * math.prod(problem.kernel):
-            return "torch", "widening the weight costs more than it saves for so few outputs"
-        return "rearranged", f"a weight widened by zeros to {_rearranged.CPU_FAST_WIDTH} columns is faster"
-    if problem.channels_last or kw <= _rearranged.CPU_CONTIGUOUS_WIDTH:
-        return "torch", "torch's kernel for this format is the fastest"
-    return "rearranged", "torch's contiguous kernel is slow for so wide a weight; its channels_last kernel is fast"
-
-
-def _input_grad_on_cpu(problem: Problem) -> tuple[str, str]:
-    n, c, h, w = problem.x_shape
-    kh, kw = problem.kernel
-    if kw == 1 or kh * kw <= 11:
-        return "torch", "torch's gradient is the fastest for so small a weight"
-    if n * h * w < _FEW_OUTPUTS or n * c * h * w * kh * kw < _TOO_SMALL_TO_TURN:
-        return "torch", "turning the weight costs more than it saves for so few outputs"
-    if problem.channels_last and w >= _LEVEL_FROM_WIDTH.get(kw, w + 1):
-        return "torch", f"torch's gradient of {kw} channels_last columns is as fast on so wide a map"
-    few = kh * kw <= 153 or (kh <= 5 and h < 28)
-    if few and kw > _rearranged.CPU_CONTIGUOUS_WIDTH and not problem.channels_last:
-        return "torch", "changing the format costs more than the faster kernel saves"
-    return "rearranged", "torch's forward convolution with the flipped weight beats its gradient"
-
-
-def _weight_grad_on_cpu(problem: Problem) -> tuple[str, str]:
-    kh, kw = problem.kernel
-    if problem.dtype == torch.float64:
-        return "torch", "float64 has one kernel on a CPU"
-    narrow = kw <= 3 and kh <= min(problem.x_shape[2], 21)
-    if narrow and problem.dtype != torch.float16:
-        return "torch", "torch has a gradient kernel for so narrow a weight"
-    return "rearranged", "torch's weight gradient is slow for this weight; x under the output gradient is fast"
 
 
 def _describe(problem: Problem) -> str:

@@ -1,25 +1,22 @@
-"""Backend "rearranged": all three passes as torch's forward convolution, in the form in which that is fastest.
+"""Backend "rearranged": all three passes by torch's own kernels, in the form in which those are fastest.
 
-torch's forward kernels are tuned and its gradients of large depthwise kernels are not. So the input gradient is
-computed as the convolution of the output gradient with the flipped kernel, and the weight gradient as the depthwise
-convolution of x with the output gradient as kernel. Taps that reach from any pixel past the far border are left out.
-On a CPU, contiguous input with a wide kernel goes through channels_last, where the kernel made for large sizes is, and
-half precision is computed in float32 and rounded at the end, which is many times faster there.
+torch has fast kernels for some forms of a depthwise convolution and very slow ones for others. The input gradient is
+the convolution of the output gradient with the flipped kernel, and the other way round; the weight gradient is the
+depthwise convolution of x with the output gradient as kernel. Taps that reach from any pixel past the far border are
+left out. On a CPU, `_cpu.py` says which form is fastest, and half precision is computed in float32 and rounded at the
+end, which is many times faster there.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from replknet.ops import _cpu, _torch
+from replknet.ops._cpu import reaching
+from replknet.ops._problem import is_channels_last, problem_of
+
 # Kernel sizes up to this run faster in channels_last on CUDA (cuDNN), larger ones in NCHW (H100, torch 2.11).
 CUDA_CHANNELS_LAST_KERNEL = 7
-# oneDNN, AVX-512: contiguous kernels wider than this fall back to reference code, a hundred times slower.
-CPU_CONTIGUOUS_WIDTH = 13
-# oneDNN changes its channels_last kernel at a width of 15 and is up to twice as fast there as just below, so that
-# columns of zeros pay for themselves. Which widths, and from how many outputs for each tap of the weight on, as the
-# weight has to be copied: 13 gains 1.5 at 1.2 and loses 0.9 at 0.3, 11 gains 1.0 to 1.3 from 2 on and loses below.
-CPU_FAST_WIDTH = 15
-CPU_SLOW_WIDTHS = {11: 2, 13: 1}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -28,13 +25,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     if x.is_cpu and x.dtype in _HALF:
         bias = None if bias is None else bias.float()
         return forward(x.float(), weight.float(), bias, activation).to(x.dtype)
-    y = _convolve(x, _reaching_part(weight, x), bias)
+    y = _convolve(x, weight, bias, turned=False)
     return y.relu_() if activation == "relu" else y
 
 
 def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
     """Gradient with respect to x, `[N, C, H, W]`: the forward pass with the kernel turned by 180 degrees."""
-    return forward(grad_y, weight.flip(2, 3), None, None)
+    if grad_y.is_cpu and grad_y.dtype in _HALF:
+        return input_grad(grad_y.float(), weight.float()).to(grad_y.dtype)
+    return _convolve(grad_y, weight, None, turned=True)
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
@@ -44,7 +43,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     if near == (1, 1):
         grad = (grad_y.to(wide) * x).sum((0, 2, 3)).view(-1, 1, 1, 1)
     elif x.is_cpu:
-        grad = _weight_grad_by_image(grad_y.to(wide), x.to(wide), near)
+        grad = _weight_grad_on_cpu(grad_y.to(wide), x.to(wide), near)
     else:
         # H rows of image, padded by Kh // 2, under a kernel of H rows give 2 * (Kh // 2) + 1 = Kh rows. Images become
         # channels: one launch for all of them, and no copy where x is contiguous.
@@ -66,33 +65,56 @@ def _reaching_part(weight: Tensor, x: Tensor) -> Tensor:
     return weight[:, :, top : top + kh, left : left + kw]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool) -> Tensor:
+    """The convolution with the weight, or with the weight turned by 180 degrees."""
+    weight = _reaching_part(weight, x)
     C, _, kh, kw = weight.shape
     if kh == kw == 1:
         scale = weight.view(1, -1, 1, 1)
         return x * scale if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, scale)
-    fast = fast_format(x, (kh, kw))
-    if x.is_cpu and fast == torch.channels_last and kw in CPU_SLOW_WIDTHS:
-        margin = (CPU_FAST_WIDTH - kw) // 2
-        weight, kw = F.pad(weight, (margin, margin)), CPU_FAST_WIDTH
-    return F.conv2d(x.contiguous(memory_format=fast), weight, bias, 1, (kh // 2, kw // 2), 1, C)
+    if not x.is_cpu:
+        small = x.is_cuda and max(kh, kw) <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64
+        channels_last, gradient, width = small, False, None
+    else:
+        form = _cpu.form_of("input_grad" if turned else "forward", problem_of(x, (kh, kw)))
+        channels_last, gradient, width = form.channels_last, form.gradient, form.width
+    # torch's gradient turns the weight itself.
+    weight = weight if turned == gradient else weight.flip(2, 3)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if gradient:
+        y = _torch.input_grad(x, weight)
+        return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+    if width is not None:
+        margin = (width - kw) // 2
+        weight, kw = F.pad(weight, (margin, margin)), width
+    return F.conv2d(x, weight, bias, 1, (kh // 2, kw // 2), 1, C)
 
 
-def reaching(kernel: int, size: int) -> int:
-    """How many of the kernel's taps, its middle ones, touch a map of that size from at least one pixel."""
-    return min(kernel, 2 * size - 1)
+def _weight_grad_on_cpu(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    N, C, H, W = x.shape
+    way = _cpu.weight_grad_way((N, C, H, W), kernel, x.dtype, channels_last=is_channels_last(x))
+    if way == "strips":
+        return _weight_grad_by_strips(grad_y, x, kernel)
+    if way == "channels":
+        each = _correlation(x.reshape(1, N * C, H, W), grad_y.reshape(N * C, 1, H, W), kernel)
+        return each.view(N, C, 1, *kernel).sum(0)
+    total = x.new_zeros(1, C, *kernel)
+    for image, grad in zip(x.split(1), grad_y, strict=True):
+        total += _correlation(image, grad.unsqueeze(1), kernel)
+    return total.view(C, 1, *kernel)
 
 
-def fast_format(x: Tensor, kernel: tuple[int, int]) -> torch.memory_format:
-    """The format in which torch's forward convolution of x is fastest."""
-    if x.is_cpu:
-        stays = x.is_contiguous() and kernel[1] <= CPU_CONTIGUOUS_WIDTH
-        return torch.contiguous_format if stays or x.dtype == torch.float64 else torch.channels_last
-    small = x.is_cuda and max(kernel) <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64
-    return torch.channels_last if small else torch.contiguous_format
+def _correlation(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle `[1, C, *size]` of x `[1, C, H, W]` under kernels `[C, 1, H, W]`, by torch's input gradient."""
+    C, _, H, W = kernels.shape
+    padding = (H - 1 - size[0] // 2, W - 1 - size[1] // 2)
+    like_result = x.new_empty(1, C, *size)
+    return torch.ops.aten.convolution_backward(
+        x, like_result, kernels.flip(2, 3), None, (1, 1), padding, (1, 1), False, (0, 0), C, (True, False, False)
+    )[0]
 
 
-def _weight_grad_by_image(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def _weight_grad_by_strips(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
     # One convolution for all images would have to copy x to [H, W, N * C] first, which costs more than it saves.
     C, H, W = x.shape[1:]
     grad_y = grad_y.contiguous(memory_format=torch.channels_last)
