@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from replknet.layers.epilogue import Activated
 from replknet.ops import depthwise_conv2d, recording_a_portable_graph
 
 _SLOW_WIDTHS = (11, 13)
-_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """What oneDNN takes here in its own layout; bfloat16 needs AVX-512 or AVX-NE-CONVERT."""
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
 
 class _Packed:
@@ -56,7 +63,7 @@ class PackedConv2d(Activated, nn.Conv2d):
         graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if self.groups > 1 and any(k > 2 * size - 1 for k, size in zip(self.kernel_size, x.shape[-2:], strict=True)):
             return False  # taps that reach no pixel: the operator leaves them out
-        same = x.dtype == self.weight.dtype and x.dtype in _DTYPES
+        same = x.dtype == self.weight.dtype and x.dtype in _dtypes()
         return same and x.is_cpu and x.dim() == 4 and x.numel() > 0 and type(x) is Tensor and not graph
 
     def _weight(self, x: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ def why_not_packed(conv: nn.Conv2d) -> str | None:
     """None where oneDNN can run the convolution with a weight in its own layout, else the reason why not."""
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
-    if conv.weight.device.type != "cpu" or conv.weight.dtype not in _DTYPES:
+    if conv.weight.device.type != "cpu" or conv.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"{conv.weight.dtype} on {conv.weight.device}"
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return f"padding {conv.padding}, {conv.padding_mode}"
@@ -82,4 +89,6 @@ def why_not_packed(conv: nn.Conv2d) -> str | None:
         return f"oneDNN is slow at a width of {conv.kernel_size[1]}, which the operator avoids"
     if conv.groups > 1 and conv.weight.dtype != torch.float32:
         return "grouped convolutions are faster in float32"
+    if conv.weight.dtype not in _dtypes():
+        return f"oneDNN has no kernels for {conv.weight.dtype} on this processor"
     return None
