@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -63,28 +62,17 @@ def can_run_cuda(pass_: Pass, problem: Problem) -> str | None:
         from replknet.ops import cuda
     except ImportError as error:
         return f"the compiler front end cannot be imported: {error}"
-    return _of_cuda(cuda.can_run, pass_, problem)
+    return cuda.can_run(pass_, problem)
 
 
 def tiles_of(backend: str, pass_: Pass, problem: Problem) -> tuple[str, ...]:
     """Names of the tiles, other than the default, that tuning measures; only this project's CUDA kernels have any."""
-    return _of_cuda(implementation("cuda").tiles, pass_, problem) if backend == "cuda" else ()
+    return implementation("cuda").tiles(pass_, problem) if backend == "cuda" else ()
 
 
 def compile_tiles(pass_: Pass, problem: Problem) -> None:
     """Compile the kernels of all tiles of the CUDA kernels at once."""
-    _of_cuda(implementation("cuda").compile_tiles, pass_, problem)
-
-
-def _of_cuda(question: Callable[..., Any], pass_: Pass, problem: Problem) -> Any:
-    return question(
-        problem.x_shape,
-        problem.weight_shape,
-        problem.dtype,
-        channels_last=problem.channels_last,
-        device=problem.device,
-        pass_=pass_,
-    )
+    implementation("cuda").compile_tiles(pass_, problem)
 
 
 def choose(pass_: Pass, problem: Problem, backend: str = "auto") -> Choice:
@@ -151,9 +139,7 @@ def _default_with_kernels(pass_: Pass, problem: Problem) -> Choice:
         return Choice("torch", reason)
     from replknet.ops import cuda
 
-    if problem.channels_last and not cuda.runs_natively(
-        problem.x_shape, problem.weight_shape, problem.dtype, problem.device
-    ):
+    if problem.channels_last and not cuda.runs_natively(problem):
         return Choice("cuda", "tensor-core kernels, on contiguous copies: no channels_last kernel takes this call")
     return Choice("cuda", "this project's kernels for this shape, dtype and format")
 

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from replknet.ops import cuda
+from replknet.ops._problem import Problem
 from replknet.ops.cuda import _plan, _plan_channels_last
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Shape
@@ -83,10 +84,7 @@ def test_a_name_chooses_its_tile_and_another_shapes_name_the_default(h100):
 def test_names_are_those_of_the_format_and_the_pass(h100):
     def names(pass_, channels_last):
         device = torch.device("cuda", 0)
-        kernel = (128, 1, 31, 31)
-        return cuda.tiles(
-            (64, 128, 56, 56), kernel, torch.float16, channels_last=channels_last, device=device, pass_=pass_
-        )
+        return cuda.tiles(pass_, Problem((64, 128, 56, 56), (31, 31), torch.float16, channels_last, device))
 
     assert all("warps=" in name and "tiles=" in name for name in names("forward", False))
     assert all("pairs=" in name and "slices=" in name for name in names("weight_grad", False))
@@ -97,10 +95,9 @@ def test_names_are_those_of_the_format_and_the_pass(h100):
 
 def test_where_no_tile_fits_none_is_offered(monkeypatch):
     monkeypatch.setattr(cuda, "gpu_of", lambda index: Gpu("sm_x", 10, 20000))
-    shapes = (1, 8, 200, 320), (8, 1, 63, 63)
     for channels_last in (False, True):
-        device = torch.device("cuda", 0)
-        assert cuda.tiles(*shapes, torch.float16, channels_last=channels_last, device=device, pass_="forward") == ()
+        given = Problem((1, 8, 200, 320), (63, 63), torch.float16, channels_last, torch.device("cuda", 0))
+        assert cuda.tiles("forward", given) == ()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from replknet.ops._problem import Pass, is_channels_last
+from replknet.ops._problem import Pass, Problem, is_channels_last
 from replknet.ops.cuda import _plan, _plan_direct
 from replknet.ops.cuda import _plan_channels_last as _plan_cl
 from replknet.ops.cuda._compile import compile_kernel
@@ -25,28 +25,20 @@ from replknet.ops.cuda._plan import AnyTile
 _FLIP, _RELU = 1, 2
 
 
-def can_run(
-    x_shape: tuple[int, int, int, int],
-    weight_shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    *,
-    channels_last: bool,
-    device: torch.device,
-    pass_: Pass,
-) -> str | None:
+def can_run(pass_: Pass, problem: Problem) -> str | None:
     """None where the kernels can run the pass, else the reason why not."""
-    kh, kw = weight_shape[2:]
-    if dtype not in _plan.DTYPES:
-        return f"{dtype} has no tensor-core kernel; float16, bfloat16 and float32 have"
+    kh, kw = problem.kernel
+    if problem.dtype not in _plan.DTYPES:
+        return f"{problem.dtype} has no tensor-core kernel; float16, bfloat16 and float32 have"
     if max(kh, kw) > _plan.LARGEST_KERNEL:
         return f"a {kh}x{kw} kernel is larger than {_plan.LARGEST_KERNEL}x{_plan.LARGEST_KERNEL}"
     if (reason := _front_end()) is not None:
         return reason
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(problem.device)
     if major < 8:
         return f"the GPU is sm_{major}{minor}; the kernels need sm_80 or newer"
-    shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
-    if channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad"):
+    shape, index = _nominal(problem), _index(problem.device)
+    if problem.channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad"):
         return None
     plan = _plan.default_weight_grad_tile if pass_ == "weight_grad" else _plan.default_forward_tile
     try:
@@ -56,15 +48,9 @@ def can_run(
     return None
 
 
-def runs_natively(
-    x_shape: tuple[int, int, int, int],
-    weight_shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
+def runs_natively(problem: Problem) -> bool:
     """Whether channels_last tensors of this shape run without contiguous copies."""
-    kh, kw = weight_shape[2:]
-    shape, index = _nominal(x_shape, kh, kw, dtype), _index(device)
+    shape, index = _nominal(problem), _index(problem.device)
     try:
         if not _plan_direct.suits(shape, weight_grad=False):
             _plan_cl.forward_plan(shape, gpu_of(index))
@@ -75,55 +61,36 @@ def runs_natively(
     return True
 
 
-def tiles(
-    x_shape: tuple[int, int, int, int],
-    weight_shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    *,
-    channels_last: bool,
-    device: torch.device,
-    pass_: Pass,
-) -> tuple[str, ...]:
+def tiles(pass_: Pass, problem: Problem) -> tuple[str, ...]:
     """Names of the tiles other than the default that are worth measuring; none where contiguous copies are made."""
-    shape, index = _allocated(x_shape, *weight_shape[2:], dtype, channels_last), _index(device)
-    plans = _plan_cl if channels_last else _plan
+    shape, index = _allocated(problem), _index(problem.device)
+    plans = _plan_cl if problem.channels_last else _plan
     offer = plans.weight_grad_tiles if pass_ == "weight_grad" else plans.forward_tiles
     # Where the default is the kernel without tensor cores, theirs are all others.
-    first = 0 if channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad") else 1
+    first = 0 if problem.channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad") else 1
     try:
         return tuple(map(str, offer(shape, gpu_of(index))[first:]))
     except NotImplementedError:
         return ()
 
 
-def compile_tiles(
-    x_shape: tuple[int, int, int, int],
-    weight_shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    *,
-    channels_last: bool,
-    device: torch.device,
-    pass_: Pass,
-) -> None:
+def compile_tiles(pass_: Pass, problem: Problem) -> None:
     """Compile the kernels of all `tiles`, several at once, into the disk cache; what fails fails again when it runs."""
-    shape, index = _allocated(x_shape, *weight_shape[2:], dtype, channels_last), _index(device)
+    shape, index = _allocated(problem), _index(problem.device)
 
     def compile_one(tile: str) -> None:
         if pass_ == "weight_grad":
-            plan = (_weight_grad_plan_channels_last if channels_last else _weight_grad_plan)(shape, index, tile)
+            plan = (_weight_grad_plan_channels_last if problem.channels_last else _weight_grad_plan)(shape, index, tile)
+        elif problem.channels_last:
+            plan = _forward_plan_channels_last(shape, index, 0, tile)
         else:
-            plan = (
-                _forward_plan_channels_last(shape, index, 0, tile)
-                if channels_last
-                else _forward_plan(shape, index, tile)
-            )
+            plan = _forward_plan(shape, index, tile)
         if plan is not None:
             with contextlib.suppress(RuntimeError):
                 compile_kernel(plan.launch.sources, plan.launch.expression, gpu_of(index).arch)
 
-    names = tiles(x_shape, weight_shape, dtype, channels_last=channels_last, device=device, pass_=pass_)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, names))
+        list(pool.map(compile_one, tiles(pass_, problem)))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, tile: str | None = None) -> Tensor:
@@ -231,19 +198,17 @@ def _alignment(address: int) -> int:
     return min(16, address & -address)
 
 
-def _nominal(x_shape: tuple[int, int, int, int], kh: int, kw: int, dtype: torch.dtype) -> _plan.Shape:
+def _nominal(problem: Problem) -> _plan.Shape:
     """The shape in its least favourable form: whatever can run it runs every tensor of this shape."""
-    n, c, h, w = (max(1, size) for size in x_shape)
-    return _plan.Shape(n, c, h, w, kh, kw, dtype, 3 if dtype == torch.float32 else 1, 2)
+    n, c, h, w = (max(1, size) for size in problem.x_shape)
+    return _plan.Shape(n, c, h, w, *problem.kernel, problem.dtype, 3 if problem.dtype == torch.float32 else 1, 2)
 
 
-def _allocated(
-    x_shape: tuple[int, int, int, int], kh: int, kw: int, dtype: torch.dtype, channels_last: bool
-) -> _plan.Shape:
+def _allocated(problem: Problem) -> _plan.Shape:
     """The shape of newly allocated tensors."""
-    n, c, h, w = (max(1, size) for size in x_shape)
-    align = _alignment((c if channels_last else w) * dtype.itemsize)
-    return _plan.Shape(n, c, h, w, kh, kw, dtype, _planes(dtype), align)
+    n, c, h, w = (max(1, size) for size in problem.x_shape)
+    align = _alignment((c if problem.channels_last else w) * problem.dtype.itemsize)
+    return _plan.Shape(n, c, h, w, *problem.kernel, problem.dtype, _planes(problem.dtype), align)
 
 
 def _named(
