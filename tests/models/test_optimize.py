@@ -10,7 +10,7 @@ from torch import nn
 import replknet
 from replknet.layers import DepthwiseConv2d, PointwiseConv2d, epilogue
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
-from replknet.models.optimize import FORMATS
+from replknet.models.optimize import FORMATS, _count_at_once
 from replknet.ops import is_cnhw
 
 NETWORKS = ("replknet_nano", "test_convnext", "test_resnet", "test_vit")
@@ -81,6 +81,44 @@ def test_compiled_training_that_recomputes(trained, device):
     got = step(network, x)
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
+
+
+class Counting(nn.Module):
+    """Scales by a count that it reads itself."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.returned = returned
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grown = self.count.add_(1)
+        return x * (grown if self.returned else self.count)
+
+
+def test_counts_of_batches_grow_in_one_call_and_those_that_are_read_by_themselves():
+    norms = [nn.BatchNorm2d(3) for _ in range(4)]
+    readers = [Counting(returned) for returned in (False, True)]
+    network = nn.Sequential(*norms[:2], *readers, *norms[2:])
+    calls = []
+
+    def backend(graph, inputs):
+        _count_at_once(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        calls.extend(node.target for node in graph.graph.nodes if "add_" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    for batches in (1, 2, 3):
+        x = torch.randn(2, 3, 4, 4)
+        want = copy.deepcopy(network)(x)
+        torch.testing.assert_close(compiled(x), want)
+        assert [int(norm.num_batches_tracked) for norm in norms] == [batches] * 4
+        assert [int(reader.count) for reader in readers] == [batches] * 2
+    assert calls.count(torch._foreach_add_) == 1
+    assert calls.count("add_") == 2
 
 
 def test_activations_are_taken_into_products(trained, monkeypatch):

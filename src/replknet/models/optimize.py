@@ -116,8 +116,33 @@ def optimize(
 
 def _compile_graph(graph: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any], recompute: bool) -> Any:
     """TorchInductor, as a backend of torch.compile."""
+    _count_at_once(graph.graph)
+    graph.recompile()
     with functorch_config.patch(ban_recompute_materialized_backward=not recompute):
         return torch._inductor.compile(graph, inputs, options=options)
+
+
+def _count_at_once(graph: fx.Graph) -> None:
+    """Every batch norm adds 1 to its own count of batches: one kernel for all of them instead of one each."""
+    counts = [
+        node
+        for node in graph.nodes
+        if node.op == "call_method" and node.target == "add_" and node.args[1:] == (1,) and not node.users
+        if isinstance(node.args[0], fx.Node) and _is_count(node.args[0])
+    ]
+    if not counts:
+        return
+    with graph.inserting_before(counts[-1]):
+        together = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+        graph.call_function(together, ([node.args[0] for node in counts], 1))
+    for node in counts:
+        graph.erase_node(node)
+
+
+def _is_count(node: fx.Node) -> bool:
+    """Whether the node is a scalar of whole numbers that nothing else reads."""
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == torch.long and len(node.users) == 1
 
 
 def _check(model: nn.Module, mode: str, dtype: torch.dtype | None, memory_format: str | None) -> None:
