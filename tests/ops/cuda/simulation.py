@@ -70,17 +70,25 @@ class Table:
     def build(self, memory, table, weight, flip, threads):
         """Written by that many threads; `written` proves that no word is written twice."""
         taps, written = weight.reshape(-1), set()
-        for e in (e for tid in range(threads) for e in range(tid, self.kq * self.nu * 4, threads)):
-            u, rest = (e >> 1) % self.nu, (e >> 1) // self.nu
-            ky, kx = 2 * (rest % self.kq) + (e & 1), 2 * u - self.offset + rest // self.kq
-            at = (self.kh - 1 - ky) * self.kw + self.kw - 1 - kx if flip else ky * self.kw + kx
-            row = ky < self.kh
-            lo = taps[at] if row and 0 <= kx < self.kw else 0.0
-            hi = taps[at + (-1 if flip else 1)] if row and 0 <= kx + 1 < self.kw else 0.0
-            to = table + rest // self.kq * self.copy + (rest % self.kq * self.nu + u) * 8 + (e & 1) * 4
-            assert to not in written
-            written.add(to)
-            memory[to // 2 : to // 2 + 2] = lo, hi
+        lanes = 32 if 2 * self.nu > 16 else 16 if 2 * self.nu > 8 else 8
+        for tid, t0 in itertools.product(range(threads), range(0, 2 * self.nu, lanes)):
+            t = t0 + tid % lanes
+            if t >= 2 * self.nu:
+                continue
+            kx = [t - self.offset, t - self.offset + 1]
+            nearest = [min(max(k, 0), self.kw - 1) for k in kx]
+            inside = [0 <= k < self.kw for k in kx]
+            left, right = (self.kh * self.kw - 1 - k if flip else k for k in nearest)
+            row = -self.kw if flip else self.kw
+            for q in range(tid // lanes, self.kq, threads // lanes):
+                even = taps[left + 2 * q * row], taps[right + 2 * q * row]
+                odd = (
+                    (taps[left + (2 * q + 1) * row], taps[right + (2 * q + 1) * row]) if 2 * q + 1 < self.kh else (0, 0)
+                )
+                to = table + (t & 1) * self.copy + (t >> 1) * 8 + q * self.nu * 8
+                assert to not in written
+                written.add(to)
+                memory[to // 2 : to // 2 + 4] = np.where([*inside, *inside], [*even, *odd], 0)
 
     def lane_offset(self):
         t = 8 * self.low + 2 * Q - G + self.p + self.offset
@@ -164,7 +172,7 @@ class Forward:
         inputs, row = self.columns.inputs, rows.address()
         a = [ldmatrix(memory, row + c * 16) for c in range(self.ahead)]
         b = [self.fragments(memory, table, e - self.ts * t) for t in range(self.mt)]
-        while True:
+        for turn in itertools.cycle(range(self.mt if self.window else 1)):
             rows.next()
             following = rows.address()
             active = range(self.mt)
@@ -174,13 +182,13 @@ class Forward:
                 coming = c + self.ahead
                 a.append(ldmatrix(memory, row + coming * 16 if coming < inputs else following + (coming - inputs) * 16))
                 for t in active:
-                    self.products(acc[t], c, a[0], b[t])
+                    self.products(acc[t], c, a[0], b[(t - turn) % self.mt])
                 a.pop(0)
             row, e = following, e + 2
             if e >= e_end:
                 return
             if self.window:
-                b = [self.fragments(memory, table, e), *b[:-1]]
+                b[(2 * self.mt - 1 - turn) % self.mt] = self.fragments(memory, table, e)
             else:
                 b = [self.fragments(memory, table, e - self.ts * t) for t in range(self.mt)]
 
@@ -359,21 +367,20 @@ class WeightGrad:
                     if 0 <= d < self.nd:
                         mma(acc[q - b, d], a, dy[b, j // 2, (j & 1) * 2 : (j & 1) * 2 + 2])
 
-    def reduce(self, acc, half):
-        """Sums of the diagonals: one row of taps."""
-        buffer = np.full(self.nd * 64, np.nan)
-        at = (LANE >> 2) * 8 + 2 * (LANE & 3)
-        for d in range(self.nd):
-            for p in range(2):
-                buffer[d * 64 + at + p] = acc[d, 2 * half + p]
-        row = np.zeros(self.kw)
-        for kx in range(self.kw):
-            for d in range(self.nd):
-                diagonal = kx - self.kw // 2 - 8 * (d + self.low)
-                row[kx] += sum(
-                    buffer[d * 64 + m * 8 + m - diagonal] for m in range(max(0, diagonal), min(8, 8 + diagonal))
-                )
-        return row
+    def reduce(self, acc):
+        """Sums of the diagonals: two rows of taps."""
+        line = 8 * (self.nd | 1)
+        buffer = np.full(_plan.diagonal_floats(self.low, self.high), np.nan)
+        assert len(buffer) == 2 * 8 * line
+        to = (LANE >> 2) * line + 2 * (LANE & 3)
+        for d, half, p in itertools.product(range(self.nd), range(2), range(2)):
+            buffer[half * 8 * line + to + 8 * (self.nd - 1 - d) + p] = acc[d, 2 * half + p]
+        taps = np.zeros(2 * self.kw)
+        for e in range(2 * self.kw):
+            half = int(e >= self.kw)
+            at = 8 * self.high + self.kw // 2 - (e - half * self.kw)
+            taps[e] = sum(buffer[half * 8 * line + at + m * line + m] for m in range(8) if 0 <= at + m < 8 * self.nd)
+        return taps.reshape(2, self.kw)
 
 
 def weight_grad_nchw(x, dy, plan, shape, tile):
@@ -392,9 +399,8 @@ def weight_grad_nchw(x, dy, plan, shape, tile):
             taps = np.full((warps // k.wg, k.wg * k.r * 2, k.kw), np.nan)
             for warp in range(warps):
                 for r in range(k.r):
-                    for half in range(2):
-                        row = ((warp % k.wg) * k.r + r) * 2 + half
-                        taps[warp // k.wg, row] = k.reduce(acc[warp, r], half)
+                    row = ((warp % k.wg) * k.r + r) * 2
+                    taps[warp // k.wg, row : row + 2] = k.reduce(acc[warp, r])
             result[c] += taps.sum(0)[: shape.kh]
     return result
 
@@ -475,8 +481,11 @@ class Units:
         )  # fmt: skip
         self.per, self.line = width // size, blocks * groups
         self.lines, self.chunks = 1 if self.line > 2 else 4 // self.line, math.ceil(self.line / 4)
-        most = min(math.ceil(rows * images / (self.lines * warps)), depth // ((2 if size == 4 else 1) * self.chunks))
-        self.warps, self.batch, self.pixels = warps, max(1, most), 32 // groups
+        step = self.lines * warps
+        most = min(math.ceil(rows * images / step), depth // ((2 if size == 4 else 1) * self.chunks))
+        assert step % images == 0 or images % step == 0
+        a_row = max(1, images // step)
+        self.warps, self.batch, self.pixels = warps, max(1, most // a_row) * a_row, 32 // groups
 
     def _lane(self, unit):
         line = unit // self.line if self.lines > 1 else unit * 0
@@ -756,10 +765,10 @@ class WeightGradNhwc(NhwcBlock):
         """What the block adds to the partial sums [C, KH, KW]."""
         for warp in range(8):
             c, pair = self.c0 + warp % self.channels, self.pair(warp)
-            for r, half in itertools.product(range(self.k.r), range(2)):
-                ky = 2 * (pair + r) + half
+            for r in range(self.k.r):
+                ky = 2 * (pair + r)
                 if c < self.shape.c and ky < self.k.kh:
-                    out[c, ky] += self.k.reduce(self.acc[warp, r], half)
+                    out[c, ky : ky + 2] += self.k.reduce(self.acc[warp, r])[: self.k.kh - ky]
 
 
 # ---- Loader of common.cuh

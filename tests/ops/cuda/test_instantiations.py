@@ -181,7 +181,7 @@ def expected_stack(expression: str) -> int:
         return 64 if blocks == 1 else 8 if blocks < 7 else 64
     if kernel == "weight_grad_nchw":
         # One or two column blocks: up to 56 accumulators beside as few as 80 registers.
-        return 32 if blocks == 1 else 88 if blocks == 2 else 0
+        return 48 if blocks == 1 else 88 if blocks == 2 else 0
     if kernel == "forward_nhwc":
         # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128.
         return 104 if values[8] > 2 else 24

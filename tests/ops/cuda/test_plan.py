@@ -471,6 +471,7 @@ def weight_grad_constants(k, t) -> dict[str, int]:
         "SET_TASKS": k.set_tasks, "XPITCH": x_pitch, "YPITCH": y_pitch, "HEAD": _plan.HEAD, "KQ": k.kq,
         "ZERO": _plan.round_up(max(t["cbi"], t["cbo"] + 1) * 16, 128),
     }  # fmt: skip
+    constants["SUMS"] = _plan.diagonal_floats(low, high)
     # The channels_last kernel shares out its warps for itself.
     return constants if "wg" in t else constants | {"WG": k.wg, "WS": t["warps"] // k.wg}
 
@@ -480,13 +481,13 @@ def units_constants(simulation, plan, t) -> dict[str, dict[str, int]]:
     found, size = {}, 4 if t["dt"] == 2 else 2
     if "mt" in t:
         k = forward(simulation, t)
-        rows, kinds = k.ts * k.mt, [(t["cbi"], k.pitch, t["g"]), (t["cbo"], k.pitch, t["g"])]
+        rows, channels, kinds = k.ts * k.mt, 8, [(t["cbi"], k.pitch, t["g"]), (t["cbo"], k.pitch, t["g"])]
     else:
         k = weight_grad(simulation, t)
-        rows, kinds = t["sr"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
+        rows, channels, kinds = t["sr"], 8 // t["wg"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
     for blocks, pitch, groups in kinds:
         u = simulation.Units(size, t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, t["loaders"], depth=8)
-        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, t["loaders"], 8
+        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, channels, t["v"], rows, t["loaders"], 8
         found[f"Units<{', '.join(map(str, arguments))}>"] = {
             "LINE": u.line, "LINES": u.lines, "CHUNKS": u.chunks, "BATCH": u.batch, "PIXELS": u.pixels,
             "P::PER": u.per, "P::SIZE": size,

@@ -461,7 +461,12 @@ def _weight_grad_warps(shape: Shape, tile: WeightGradTile) -> int:
 def _reduction_bytes(shape: Shape, columns: Columns, tile: WeightGradTile) -> int:
     (low, high), warps = deltas(shape.kw, columns), _weight_grad_warps(shape, tile)
     rows = warps * tile.pairs * 2
-    return (rows * shape.kw + 1 + warps * (high - low + 1) * 64) * 4
+    return (rows * shape.kw + 1 + warps * diagonal_floats(low, high)) * 4
+
+
+def diagonal_floats(low: int, high: int) -> int:
+    """Shared memory, in floats, that a warp sums the diagonals of two kernel rows in: 16 lines, 8 floats a block."""
+    return 16 * 8 * ((high - low + 1) | 1)
 
 
 def splits_of(channels: int, items: int, slots: int) -> int:

@@ -19,6 +19,7 @@ from replknet.ops.cuda._plan import (
     budget,
     columns_of,
     deltas,
+    diagonal_floats,
     feasible,
     image_stride,
     offered,
@@ -417,8 +418,11 @@ def _weight_grad_work(shape: Shape, tile: WeightGradTile) -> float:
         12 * rounds * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) * (1 if tile.warps == 1 else 1.6)
     )
     images = math.ceil(shape.n / tile.images) * tile.images / shape.n
-    tight = 1.3 if tile.y_slots == 1 else 1.0
-    return columns.tiles * images / tile.images * max(steps * products * idle * tight, moved)
+    # With one slot ahead of the products, or none, the warps wait for memory.
+    tight = {1: 1.3, 2: 1.1}.get(tile.y_slots, 1.0)
+    # A barrier a few rows is dear where a set of rows meets many others.
+    small = 1.1 if shape.kh > 9 and tile.rows < min(shape.h, 16) else 1.0
+    return columns.tiles * images / tile.images * max(steps * products * idle * tight * small, moved)
 
 
 def _weight_grad_halo(shape: Shape, tile: WeightGradTile) -> int:
@@ -440,5 +444,5 @@ def _weight_grad_shared(shape: Shape, tile: WeightGradTile) -> int:
     low, high = deltas(shape.kw, columns)
     # The fragments of two column blocks of dy are loaded at once: the last may reach 16 bytes past the ring.
     rings = shape.planes * (x_ring.set + y_ring.set) + 128
-    reduction = 8 * ((high - low + 1) * 64 + 2 * tile.pairs * shape.kw + 1) * 4
+    reduction = 8 * (diagonal_floats(low, high) + 2 * tile.pairs * shape.kw) * 4
     return BARRIERS + round_up(max(columns.inputs, columns.outputs + 1) * 16, 128) + max(rings, reduction)

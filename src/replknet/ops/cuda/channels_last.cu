@@ -24,12 +24,14 @@ __device__ __forceinline__ uint4 ldg_once(const void* p) {
   return r;
 }
 
-// Eight channels of one pixel in global memory, V bytes at a time; of channels from `limit` on nothing is read or written.
-template <int DT, int V> struct Pixel {
-  static constexpr int SIZE = DT == F32 ? 4 : 2, PER = V / SIZE, WORDS = 2 * SIZE;
+// CH channels (8, or the first of them) of one pixel in global memory, V bytes at a time; of channels from `limit` on nothing is
+// read or written.
+template <int DT, int CH, int V> struct Pixel {
+  static constexpr int SIZE = DT == F32 ? 4 : 2, PER = V / SIZE, WORDS = cdiv(CH, 2) * SIZE / 2;
   static __device__ __forceinline__ void load(u32 (&v)[WORDS], const u8* p, int limit) {
+    if constexpr (CH == 1) v[WORDS - 1] = 0;
 #pragma unroll
-    for (int i = 0; i < 8 / PER; i++) {
+    for (int i = 0; i < CH / PER; i++) {
       const bool ok = i * PER < limit;
       const u8* at = p + i * V;
       if constexpr (V == 16) {
@@ -49,7 +51,7 @@ template <int DT, int V> struct Pixel {
   }
   static __device__ __forceinline__ void store(u8* p, const u32 (&v)[WORDS], int limit) {
 #pragma unroll
-    for (int i = 0; i < 8 / PER; i++) {
+    for (int i = 0; i < CH / PER; i++) {
       if (i * PER >= limit) continue;
       u8* at = p + i * V;
       if constexpr (V == 16) *(uint4*)at = make_uint4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
@@ -64,14 +66,20 @@ template <int DT, int V> struct Pixel {
 // and between images. Channels of a group from `channels` on have no plane.
 struct RingLayout { u32 base; int channels, stride, plane, group, set; };
 
-// Rows of pixels to planes and back. A line is a row of one image; a warp moves four units (8 pixels of 8 channels of a group) at
-// once, CHUNKS times a line, or LINES short lines together. Thread (r, q) has pixel r of unit q in global memory, and thread
-// (2 q + b, s) pixels 2 s and 2 s + 1 of channels b, b + 2, .. of unit q in shared memory. A warp has up to DEPTH units of 16-bit
-// values, of its share among WARPS of a slot of SR rows, on their way at once.
-template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int WARPS, int DEPTH> struct Units {
-  using P = Pixel<DT, V>;
-  static constexpr int LINE = CB * G, LINES = LINE > 2 ? 1 : 4 / LINE, CHUNKS = cdiv(LINE, 4);
-  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI, LINES * WARPS), DEPTH / (DT == F32 ? 2 * CHUNKS : CHUNKS)));
+// Rows of pixels to planes and back. A line is a row of one image; a warp moves four units (8 pixels of 8 channels of a group, of
+// which CH are wanted) at once, CHUNKS times a line, or LINES short lines together. Thread (r, q) has pixel r of unit q in global
+// memory, and thread (2 q + b, s) pixels 2 s and 2 s + 1 of channels b, b + 2, .. of unit q in shared memory. A warp has up to
+// DEPTH units of 16-bit values, of its share among WARPS of a slot of SR rows, on their way at once.
+//
+// Lines run through the images first. From one of a warp's lines to the next is a constant number of images and rows, so that an
+// address is a sum.
+template <int DT, int NP, int CB, int PITCH, int NI, int G, int CH, int V, int SR, int WARPS, int DEPTH> struct Units {
+  using P = Pixel<DT, CH, V>;
+  static constexpr int LINE = CB * G, LINES = LINE > 2 ? 1 : 4 / LINE, CHUNKS = cdiv(LINE, 4), STEP = LINES * WARPS, PAIRS = cdiv(CH, 2);
+  static_assert(STEP % NI == 0 || NI % STEP == 0, "steps of whole rows or of images that divide a row");
+  // Batches of whole rows, or of one row's images.
+  static constexpr int ROW = NI > STEP ? NI / STEP : 1;
+  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI, STEP), DEPTH / (DT == F32 ? 2 * CHUNKS : CHUNKS)) / ROW) * ROW;
   static constexpr int PIXELS = 32 / G;  // from a chunk to the next, in columns
   // Unit q of the first chunk, its line among LINES, its column block and group.
   struct Lane {
@@ -79,6 +87,9 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int W
     __device__ __forceinline__ Lane(int q) : line(LINES > 1 ? q / LINE : 0), block((LINES > 1 ? q % LINE : q) / G), group(q % G) {}
     __device__ __forceinline__ bool in(int chunk) const { return LINES > 1 || block + chunk * (4 / G) < CB; }
   };
+  // Images and rows from a batch's first line to its line k.
+  static __device__ __forceinline__ constexpr int image_of(int k) { return k * STEP % NI; }
+  static __device__ __forceinline__ constexpr int row_of(int k) { return k * STEP / NI; }
   static __device__ __forceinline__ u32 word(const RingLayout& ring, const Lane& u, int lane) {
     return ring.base + u.group * ring.group + ((lane >> 2) & 1) * ring.plane + u.block * 16 + (lane & 3) * 4;
   }
@@ -92,29 +103,33 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int W
     const u32 target = word(ring, to, lane) + slot_row * PITCH;
     x += col * pixel + from.group * 8 * P::SIZE;
     bool waited = false;
-    for (int l0 = warp * LINES; l0 < lines; l0 += WARPS * LINES * BATCH) {
+#pragma unroll 1
+    for (int l0 = warp * LINES; l0 < lines; l0 += STEP * BATCH) {
       u32 v[BATCH][CHUNKS][P::WORDS];
+      const int l = l0 + from.line, image = l % NI, row = l / NI;
+      const u8* first = x + image * image_bytes + row * row_bytes;
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int l = l0 + k * WARPS * LINES + from.line, image = l % NI;
-        const bool ok = l < lines && image < images;
-        const u8* at = x + image * image_bytes + l / NI * row_bytes;
+        const bool ok = row + row_of(k) < rows && image + image_of(k) < images;
+        const u8* at = first + (image_of(k) * image_bytes + row_of(k) * row_bytes);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
           P::load(v[k][c], at + c * PIXELS * pixel, ok && from.in(c) && (unsigned)(col + c * PIXELS) < (unsigned)W ? mine : 0);
       }
       if (!waited) wait();
       waited = true;
+      const int into = l0 + to.line, into_row = into / NI;
+      const u32 base = target + into % NI * ring.stride + into_row * PITCH;
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int l = l0 + k * WARPS * LINES + to.line;
-        const u32 at = target + l % NI * ring.stride + l / NI * PITCH;
+        const bool ok = into_row + row_of(k) < rows;
+        const u32 at = base + image_of(k) * ring.stride + row_of(k) * PITCH;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
           for (int p = 0; p < NP; p++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < PAIRS; i++) {
               u32 w;
               if constexpr (DT == F32) {
                 float lo = __uint_as_float(v[k][c][2 * i]), hi = __uint_as_float(v[k][c][2 * i + 1]);
@@ -122,7 +137,7 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int W
                 v[k][c][2 * i] = __float_as_uint(lo), v[k][c][2 * i + 1] = __float_as_uint(hi);
               } else
                 w = transpose(v[k][c][i]);
-              if (l < lines && to.in(c) && 2 * i + b < ring.channels) sts32(at + c * PIXELS * 2 + p * ring.set + 2 * i * ring.plane, w);
+              if (ok && to.in(c) && 2 * i + b < ring.channels) sts32(at + c * PIXELS * 2 + p * ring.set + 2 * i * ring.plane, w);
             }
       }
     }
@@ -131,32 +146,37 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int V, int SR, int W
   // Ring rows slot_row .. back to pixels. float32 lies in the first two sets: its upper and its lower 16 bits.
   static __device__ __forceinline__ void store(const RingLayout& ring, int slot_row, u8* y, int images, int rows, int columns, int H, int W, int C, int limit, int warp,
                                                int lane) {
+    static_assert(CH == 8, "whole groups");
     const Lane from(lane >> 3), to(lane & 3);
     const int lines = rows * NI, col = to.block * 8 + (lane >> 2), mine = limit - to.group * 8, b = lane >> 2 & 1;
     const i64 pixel = (i64)C * P::SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
     const u32 source = word(ring, from, lane) + slot_row * PITCH;
     y += col * pixel + to.group * 8 * P::SIZE;
-    for (int l0 = warp * LINES; l0 < lines; l0 += WARPS * LINES * BATCH) {
+#pragma unroll 1
+    for (int l0 = warp * LINES; l0 < lines; l0 += STEP * BATCH) {
       u32 v[BATCH][CHUNKS][P::WORDS];
+      const int out_of = l0 + from.line, out_row = out_of / NI;
+      const u32 base = source + out_of % NI * ring.stride + out_row * PITCH;
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int l = min(l0 + k * WARPS * LINES + from.line, lines - 1);
-        const u32 at = source + l % NI * ring.stride + l / NI * PITCH;
+        const bool ok = out_row + row_of(k) < rows;
+        const u32 at = base + image_of(k) * ring.stride + row_of(k) * PITCH;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const bool there = from.in(c) && 2 * i + b < ring.channels;
+            const bool there = ok && from.in(c) && 2 * i + b < ring.channels;
             const u32 word = at + c * PIXELS * 2 + 2 * i * ring.plane;
             v[k][c][i] = there ? lds32(word) : 0;
             if constexpr (DT == F32) v[k][c][4 + i] = there ? lds32(word + ring.set) : 0;
           }
       }
+      const int l = l0 + to.line, image = l % NI, row = l / NI;
+      u8* first = y + image * image_bytes + row * row_bytes;
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int l = l0 + k * WARPS * LINES + to.line, image = l % NI;
-        const bool ok = l < lines && image < images;
-        u8* at = y + image * image_bytes + l / NI * row_bytes;
+        const bool ok = row + row_of(k) < rows && image + image_of(k) < images;
+        u8* at = first + (image_of(k) * image_bytes + row_of(k) * row_bytes);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
           u32 out[P::WORDS];
@@ -265,7 +285,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
         bar_wait(bars + p.slot * 24 + 8, p.round & 1);
         const int h0 = it.row0 + j * SR;
         if (j < it.sets && it.c0 < C)
-          Units<DT, NP, CBO, K::PITCH, NI, G, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
+          Units<DT, NP, CBO, K::PITCH, NI, G, 8, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
                                                         W - it.col0, H, W, C, min(C - it.c0, channels), warp - 8 - LOADERS, lane);
         warp_arrive(bars + p.slot * 24 + 16, lane);
       }
@@ -278,7 +298,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
         const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top), rows = it.c0 < C ? min(hi, top + SR) - h0 : 0;
         const u32 stored = bars + p.slot * 24 + 16;
         const int round = p.round;
-        Units<DT, NP, CBI, K::PITCH, NI, G, V, SR, LOADERS, 8>::load(layout, p.slot * SR + h0 - top, (const u8*)x + (((i64)it.n0 * H + h0) * W * C + it.c0) * SIZE, N - it.n0, rows,
+        Units<DT, NP, CBI, K::PITCH, NI, G, 8, V, SR, LOADERS, 8>::load(layout, p.slot * SR + h0 - top, (const u8*)x + (((i64)it.n0 * H + h0) * W * C + it.c0) * SIZE, N - it.n0, rows,
                                                      it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - 8, lane, [=] {
                                                        if (round > 0) bar_wait(stored, (round - 1) & 1);
                                                      });
@@ -297,7 +317,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
 #pragma unroll 1
         for (int g = 0; g < G; g++)
           if (const int c = it.c0 + 8 * g + warp; c < C && 8 * g + warp < channels)
-            T::template build<DT, NP>(tables + (8 * g + warp) * K::TABLE, (const u8*)weight + (i64)c * (KH * KW) * SIZE, flags & FLIP, lane, 32);
+            T::template build<DT, NP, 32>(tables + (8 * g + warp) * K::TABLE, (const u8*)weight + (i64)c * (KH * KW) * SIZE, flags & FLIP, lane);
       built = it.c0;
       __syncwarp();
       for (int j = 0; j < it.slots; j++, p.next(ring), ahead--) {
@@ -377,14 +397,14 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
       const i64 image = (i64)it.n0 * H;
       for (int j = 0, set = 0; j < it.slots; j++, p.next(xring)) {
         const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top);
-        Units<DT, NP, CBI, K::XPITCH, NI, 1, V, SR, LOADERS, 16>::load(xs, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0, min(hi, top + SR) - h0,
+        Units<DT, NP, CBI, K::XPITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(xs, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0, min(hi, top + SR) - h0,
                                                       it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane, [&] {
                                                         if (p.round > 0) bar_wait(xbars + p.slot * 16 + 8, (p.round - 1) & 1);
                                                       });
         warp_arrive(xbars + p.slot * 16, lane);
         for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
           const int h = it.row0 + set * SR;
-          Units<DT, NP, CBO, K::YPITCH, NI, 1, V, SR, LOADERS, 16>::load(ys, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0, min(it.row1 - h, SR), it.col0, H, W, C,
+          Units<DT, NP, CBO, K::YPITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(ys, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0, min(it.row1 - h, SR), it.col0, H, W, C,
                                                         limit, warp - 8, lane, [&] {
                                                           if (q.round > 0) bar_wait(ybars + q.slot * 16 + 8, (q.round - 1) & 1);
                                                         });
@@ -431,13 +451,11 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
   }
   // The rings are done with: every warp sums its diagonals in a corner of its own.
   asm volatile("bar.sync 1, 256;" ::: "memory");
-  float* buffer = (float*)(smem + BARS + K::ZERO) + warp * (K::ND * 64 + R * 2 * KW + (R * 2 * KW & 1));
-  float* taps = buffer + K::ND * 64;
+  float* buffer = (float*)(smem + BARS + K::ZERO) + warp * (K::SUMS + R * 2 * KW);
+  float* taps = buffer + K::SUMS;
 #pragma unroll
-  for (int r = 0; r < R; r++) {
-    K::template reduce<0>(acc[r], buffer, taps + 2 * r * KW, lane);
-    K::template reduce<1>(acc[r], buffer, taps + (2 * r + 1) * KW, lane);
-  }
+  for (int r = 0; r < R; r++) K::reduce(acc[r], buffer, taps + 2 * r * KW, lane);
+  __syncwarp();
   const int c = c0 + warp % CH, count = min(R * 2, KH - 2 * pair) * KW;
   float* out = partial + ((i64)blockIdx.y * C + c) * (KH * KW) + 2 * pair * KW;
   if (c < C)

@@ -62,6 +62,7 @@ __device__ __forceinline__ void touch(const void* p) {
 // ---- shared memory
 __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
+__device__ __forceinline__ void sts64(u32 a, u32 v, u32 w) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(v), "r"(w) : "memory"); }
 __device__ __forceinline__ u32 lds32(u32 a) {
   u32 r;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
@@ -81,24 +82,22 @@ template <int V> __device__ __forceinline__ void copy_async(u32 s, const void* g
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(s), "l"(g), "n"(V), "r"(n) : "memory");
 }
 
-// Two neighbouring elements on their way from global to shared memory, where float32 becomes NP bfloat16 planes.
+// Two neighbouring elements on their way from global to shared memory, where float32 becomes bfloat16 planes, a word a plane.
 template <int DT> struct Pair {
   u16 lo, hi;
   static __device__ __forceinline__ Pair load(const void* p, i64 i, i64 j, bool has_lo, bool has_hi) {
     return {has_lo ? __ldg((const u16*)p + i) : (u16)0, has_hi ? __ldg((const u16*)p + j) : (u16)0};
   }
-  template <int NP> __device__ __forceinline__ void store(u32 s, int) const { sts32(s, (u32)lo | (u32)hi << 16); }
+  static __device__ __forceinline__ Pair load(const u8* lo, const u8* hi, bool ok) { return {ok ? __ldg((const u16*)lo) : (u16)0, ok ? __ldg((const u16*)hi) : (u16)0}; }
+  __device__ __forceinline__ u32 next_plane() const { return (u32)lo | (u32)hi << 16; }
 };
 template <> struct Pair<F32> {
   float lo, hi;
   static __device__ __forceinline__ Pair load(const void* p, i64 i, i64 j, bool has_lo, bool has_hi) {
     return {has_lo ? __ldg((const float*)p + i) : 0.f, has_hi ? __ldg((const float*)p + j) : 0.f};
   }
-  template <int NP> __device__ __forceinline__ void store(u32 s, int plane) const {
-    float a = lo, b = hi;
-#pragma unroll
-    for (int p = 0; p < NP; p++) sts32(s + p * plane, peel(a, b));
-  }
+  static __device__ __forceinline__ Pair load(const u8* lo, const u8* hi, bool ok) { return {ok ? __ldg((const float*)lo) : 0.f, ok ? __ldg((const float*)hi) : 0.f}; }
+  __device__ __forceinline__ u32 next_plane() { return peel(lo, hi); }
 };
 
 // ---- barriers
@@ -153,24 +152,44 @@ template <int KH, int KW, int LO, int HI> struct Table {
   static constexpr int COPY = cdiv(KQ * NU * 8, 128) * 128 + 64;
   static constexpr int PLANE = 2 * COPY;
 
-  // Written by nthreads threads. weight points at the channel's KH x KW taps; flip turns them by 180 degrees.
-  template <int DT, int NP> static __device__ void build(u32 table, const void* weight, bool flip, int tid, int nthreads) {
-    constexpr int WORDS = KQ * NU * 4, U = 8;
-    // One element of every sector first, so that the many reads of the same bytes below wait for memory once.
-    for (int e = tid; e * 16 < KH * KW; e += nthreads) touch((const u8*)weight + (i64)e * (DT == F32 ? 64 : 32));
-    for (int e0 = tid; e0 < WORDS; e0 += U * nthreads) {
-      Pair<DT> v[U];
+  // Written by THREADS threads. weight points at the channel's KH x KW taps; flip turns them by 180 degrees.
+  template <int DT, int NP, int THREADS> static __device__ __forceinline__ void build(u32 table, const u8* weight, bool flip, int tid) {
+    // One element of every sector first, so that the reads below wait for memory once.
+    for (int e = tid; e * 16 < KH * KW; e += THREADS) touch(weight + (i64)e * (DT == F32 ? 64 : 32));
+    if (flip) fill<DT, NP, THREADS, true>(table, weight, tid);
+    else fill<DT, NP, THREADS, false>(table, weight, tid);
+  }
+  // A thread has the words of one t, and of t + LANES and so on, of every LINES-th row pair. Where t or t + 1 lies outside the
+  // kernel row, the nearest tap is read and masked; a thread without a row pair of its own repeats the last.
+  template <int DT, int NP, int THREADS, bool TURNED> static __device__ __forceinline__ void fill(u32 table, const u8* weight, int tid) {
+    constexpr int LANES = 2 * NU > 16 ? 32 : 2 * NU > 8 ? 16 : 8, LINES = THREADS / LANES, COUNT = cdiv(KQ, LINES), U = cmin(COUNT, 8);
+    constexpr int SIZE = DT == F32 ? 4 : 2, ROW = TURNED ? -KW * SIZE : KW * SIZE;
+#pragma unroll 1
+    for (int t = tid % LANES; t < 2 * NU; t += LANES) {
+      const int kx = t - OFFSET, lo = min(max(kx, 0), KW - 1), hi = min(max(kx + 1, 0), KW - 1), line = tid / LANES;
+      const u32 mask = ((unsigned)kx < (unsigned)KW ? 0xffffu : 0) | ((unsigned)(kx + 1) < (unsigned)KW ? 0xffff0000u : 0);
+      const u8 *left = weight + (TURNED ? KH * KW - 1 - lo : lo) * SIZE, *right = weight + (TURNED ? KH * KW - 1 - hi : hi) * SIZE;
+      // Hides the pointers' origin: every read below is then at a constant from one of them.
+      asm("" : "+l"(left), "+l"(right));
+      const u32 to = table + (t & 1) * COPY + (t >> 1) * 8;
 #pragma unroll
-      for (int k = 0; k < U; k++) {
-        const int e = e0 + k * nthreads, u = (e >> 1) % NU, rest = (e >> 1) / NU, ky = 2 * (rest % KQ) + (e & 1), kx = 2 * u - OFFSET + rest / KQ;
-        const bool row = e < WORDS && ky < KH, lo = row && (unsigned)kx < (unsigned)KW, hi = row && (unsigned)(kx + 1) < (unsigned)KW;
-        const int at = flip ? (KH - 1 - ky) * KW + (KW - 1 - kx) : ky * KW + kx;
-        v[k] = Pair<DT>::load(weight, at, at + (flip ? -1 : 1), lo, hi);
-      }
+      for (int q0 = 0; q0 < COUNT; q0 += U) {
+        Pair<DT> even[U], odd[U];
 #pragma unroll
-      for (int k = 0; k < U; k++) {
-        const int e = e0 + k * nthreads, u = (e >> 1) % NU, rest = (e >> 1) / NU;
-        if (e < WORDS) v[k].template store<NP>(table + rest / KQ * COPY + (rest % KQ * NU + u) * 8 + (e & 1) * 4, PLANE);
+        for (int k = 0; k < U; k++) {
+          const int last = (q0 + k) * LINES + LINES - 1, q = last < KQ ? (q0 + k) * LINES + line : min((q0 + k) * LINES + line, KQ - 1);
+          const u8 *a = left + q * (2 * ROW), *b = right + q * (2 * ROW);
+          even[k] = Pair<DT>::load(a, b, true), odd[k] = Pair<DT>::load(a + ROW, b + ROW, 2 * last + 1 < KH || 2 * q + 1 < KH);
+        }
+#pragma unroll
+        for (int k = 0; k < U; k++) {
+          const int last = (q0 + k) * LINES + LINES - 1, q = last < KQ ? (q0 + k) * LINES + line : min((q0 + k) * LINES + line, KQ - 1);
+#pragma unroll
+          for (int p = 0; p < NP; p++) {
+            const u32 word = even[k].next_plane() & mask;
+            sts64(to + q * (NU * 8) + p * PLANE, word, odd[k].next_plane() & mask);
+          }
+        }
       }
     }
   }
@@ -244,7 +263,9 @@ template <int DT, int NP, int CB, int PITCH, int V, int PROD> struct Loader {
 #pragma unroll
           for (int k = 0; k < U; k++) {
             const int e = lane + 32 * (k0 + k), r = e / CH, image = im + b * image_step;
-            if (r < n && image < images) v[b][k].template store<NP>(to + image * stride + r * PITCH + (e % CH) * 4, plane);
+            if (r < n && image < images)
+#pragma unroll
+              for (int p = 0; p < NP; p++) sts32(to + image * stride + r * PITCH + (e % CH) * 4 + p * plane, v[b][k].next_plane());
           }
       }
   }

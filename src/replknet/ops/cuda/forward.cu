@@ -56,8 +56,8 @@ struct Forward {
   }
 
   // One step: two input rows against one row pair of tiles T0 .. T1. a holds the first AHEAD column blocks and receives those of
-  // the next step.
-  template <int T0, int T1> static __device__ __forceinline__ void multiply(Acc& acc, u32 (&a)[AHEAD][4], u32 row, u32 next, const Fragments& b) {
+  // the next step. Tile t's fragments are `turn` places before its own.
+  template <int T0, int T1> static __device__ __forceinline__ void multiply(Acc& acc, u32 (&a)[AHEAD][4], u32 row, u32 next, const Fragments& b, int turn) {
 #pragma unroll
     for (int c = 0; c < CBI; c++) {
       u32 fresh[4];
@@ -67,7 +67,7 @@ struct Forward {
 #pragma unroll
         for (int j = 0; j < CBO; j++) {
           const int d = c - OFF - j - LO;
-          if (d >= 0 && d < ND) mma<DT>(acc[t][j], a[0], b[t][d]);
+          if (d >= 0 && d < ND) mma<DT>(acc[t][j], a[0], b[(t + MT - turn) % MT][d]);
         }
 #pragma unroll
       for (int k = 0; k < AHEAD; k++)
@@ -76,7 +76,9 @@ struct Forward {
     }
   }
 
-  // Steps e .. e_end of the first `tiles` tiles. x: this lane's input row at step e.
+  // Steps e .. e_end of the first `tiles` tiles. x: this lane's input row at step e. Tiles a row pair apart share fragments: tile t
+  // needs at a step those of tile t - 1 at the step before, so they stay in their registers and the tiles take turns; the loop is
+  // unrolled to make the turns known to the compiler.
   template <class Rows> static __device__ __forceinline__ void accumulate(Acc& acc, Rows x, u32 table, int e, int e_end, int tiles) {
     Fragments b;
     u32 a[AHEAD][4], row = x.address();
@@ -85,32 +87,31 @@ struct Forward {
 #pragma unroll
     for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
 #pragma unroll 1
-    while (true) {
-      x.next();
-      const u32 next = x.address();
-      // Tiles further apart share no fragments: those of the next step are on their way during this one.
-      Fragments ahead;
-      if constexpr (!WINDOW)
+    while (true)
 #pragma unroll
-        for (int t = 0; t < MT; t++) load_fragments(ahead[t], table, e + 2 - TS * t);
-      if constexpr (MT == 2) {
-        if (e < TS || tiles == 1) multiply<0, 0>(acc, a, row, next, b);
-        else if (e >= KHP) multiply<1, 1>(acc, a, row, next, b);
-        else multiply<0, 1>(acc, a, row, next, b);
-      } else
-        multiply<0, MT - 1>(acc, a, row, next, b);
-      row = next, e += 2;
-      if (e >= e_end) break;
+      for (int turn = 0; turn < (WINDOW ? MT : 1); turn++) {
+        x.next();
+        const u32 next = x.address();
+        // Tiles further apart share no fragments: those of the next step are on their way during this one.
+        Fragments ahead;
+        if constexpr (!WINDOW)
 #pragma unroll
-      for (int t = MT - 1; t >= 0; t--)
-        if (t > 0 || !WINDOW)
+          for (int t = 0; t < MT; t++) load_fragments(ahead[t], table, e + 2 - TS * t);
+        if constexpr (MT == 2) {
+          if (e < TS || tiles == 1) multiply<0, 0>(acc, a, row, next, b, turn);
+          else if (e >= KHP) multiply<1, 1>(acc, a, row, next, b, turn);
+          else multiply<0, 1>(acc, a, row, next, b, turn);
+        } else
+          multiply<0, MT - 1>(acc, a, row, next, b, turn);
+        row = next, e += 2;
+        if (e >= e_end) return;
+        if constexpr (WINDOW) load_fragments(b[(2 * MT - 1 - turn) % MT], table, e);
+        else
 #pragma unroll
-          for (int d = 0; d < ND; d++) {
-            const u32(&from)[2] = WINDOW ? b[t > 0 ? t - 1 : 0][d] : ahead[t][d];
-            b[t][d][0] = from[0], b[t][d][1] = from[1];
-          }
-      if constexpr (WINDOW) load_fragments(b[0], table, e);
-    }
+          for (int t = 0; t < MT; t++)
+#pragma unroll
+            for (int d = 0; d < ND; d++) b[t][d][0] = ahead[t][d][0], b[t][d][1] = ahead[t][d][1];
+      }
   }
 
   // The same where many tiles lie more than a row pair apart: few of them are active at a step, and each needs its own fragments.
@@ -216,7 +217,7 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
       K::Load::rows(stages + s * stage_bytes, x, it.n0 * xsn + it.c * xsc, min(item_images, N - it.n0), it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W,
                     stride, plane, t);
       if (k < STAGES || (item - STAGES) / per_channel != it.c)
-        T::template build<DT, NP>(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * (DT == F32 ? 4 : 2), flags & FLIP, t, PROD * 32);
+        T::template build<DT, NP, PROD * 32>(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * (DT == F32 ? 4 : 2), flags & FLIP, t);
       bar_arrive_copies(full);
       bar_arrive(full);
       if (++s == STAGES) s = 0, phase ^= 1;

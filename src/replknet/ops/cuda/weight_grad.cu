@@ -62,21 +62,27 @@ struct WeightGrad {
     else steps<0>(acc, x, dy, q_lo, q_hi, false);
   }
 
-  // Sums the diagonals of the accumulators of one kernel row into row[kx]; buffer: ND x 8 x 8 floats of this warp.
-  template <int HALF> static __device__ __forceinline__ void reduce(const float (&acc)[ND][4], float* buffer, float* row, int lane) {
-    const int at = (lane >> 2) * 8 + 2 * (lane & 3);
+  // Sums the diagonals of the accumulators of two kernel rows, in a fixed order, into taps[2][KW]. buffer: SUMS floats of this
+  // warp, 2 kernel rows of 8 lines. Element (m, j) of block d lies in line m at 8 (ND - 1 - d) + j: what adds to a tap then lies
+  // side by side in the lines, and one place further from line to line. Lines are an odd number of 8 floats apart.
+  static constexpr int LINE = 8 * (ND | 1), SUMS = 2 * 8 * LINE;
+  static __device__ __forceinline__ void reduce(const float (&acc)[ND][4], float* buffer, float* taps, int lane) {
+    float* to = buffer + (lane >> 2) * LINE + 2 * (lane & 3);
+    __syncwarp();
 #pragma unroll
-    for (int d = 0; d < ND; d++) *(float2*)(buffer + d * 64 + at) = make_float2(acc[d][2 * HALF], acc[d][2 * HALF + 1]);
+    for (int d = 0; d < ND; d++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) *(float2*)(to + half * 8 * LINE + 8 * (ND - 1 - d)) = make_float2(acc[d][2 * half], acc[d][2 * half + 1]);
     __syncwarp();
-    for (int kx = lane; kx < KW; kx += 32) {
+#pragma unroll
+    for (int e = lane; e < 2 * KW; e += 32) {
+      const int half = e >= KW, at = 8 * HI + KW / 2 - (e - half * KW);
+      const float* from = buffer + half * 8 * LINE + at;
       float sum = 0.f;
-      for (int d = 0; d < ND; d++) {
-        const int diagonal = kx - KW / 2 - 8 * (d + LO);
-        for (int m = max(0, diagonal); m < min(8, 8 + diagonal); m++) sum += buffer[d * 64 + m * 8 + m - diagonal];
-      }
-      row[kx] = sum;
+#pragma unroll
+      for (int m = 0; m < 8; m++) sum += (unsigned)(at + m) < 8u * ND ? from[m * LINE + m] : 0.f;
+      taps[e] = sum;
     }
-    __syncwarp();
   }
 };
 
@@ -151,13 +157,9 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void weight_grad_nchw(
   asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
   float* taps = (float*)(smem + K::HEAD + K::ZERO);  // [WS][WG * R * 2][KW]
   constexpr int ROWS = K::WG * R * 2;
-  float* buffer = taps + K::WS * ROWS * KW + (K::WS * ROWS * KW & 1) + warp * K::ND * 64;
+  float* buffer = taps + K::WS * ROWS * KW + (K::WS * ROWS * KW & 1) + warp * K::SUMS;
 #pragma unroll
-  for (int r = 0; r < R; r++) {
-    float* row = taps + (warp / K::WG * ROWS + (warp % K::WG * R + r) * 2) * KW;
-    K::template reduce<0>(acc[r], buffer, row, lane);
-    K::template reduce<1>(acc[r], buffer, row + KW, lane);
-  }
+  for (int r = 0; r < R; r++) K::reduce(acc[r], buffer, taps + (warp / K::WG * ROWS + (warp % K::WG * R + r) * 2) * KW, lane);
   asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
   float* out = partial + ((i64)blockIdx.y * C + c) * (KH * KW);
   for (int e = tid; e < KH * KW; e += WARPS * 32) {
