@@ -1,6 +1,7 @@
 """`optimize`: the same answers and gradients, in every mode and format, for our networks and for others."""
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from torch import nn
 import replknet
 from replknet.layers import DepthwiseConv2d, PointwiseConv2d, epilogue
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
-from replknet.models.optimize import FORMATS, _count_at_once
+from replknet.models.optimize import FORMATS, _batch_statistics, _count_at_once
 from replknet.ops import is_cnhw
 
 NETWORKS = ("replknet_nano", "test_convnext", "test_resnet", "test_vit")
@@ -119,6 +120,45 @@ def test_counts_of_batches_grow_in_one_call_and_those_that_are_read_by_themselve
         assert [int(reader.count) for reader in readers] == [batches] * 2
     assert calls.count(torch._foreach_add_) == 1
     assert calls.count("add_") == 2
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e5])
+def test_statistics_as_sums(mean):
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 14, 14) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0])[:, None, None] + mean
+    x[:, 4] = torch.where(torch.rand(8, 14, 14) < 0.02, 1.0, 0.0)  # an activation that is seldom awake
+    x[0, 4, 0, 0] = 1.0
+    variance, average = _batch_statistics(x, [0, 2, 3], correction=0, keepdim=True)
+    want_variance, want_average = torch.var_mean(x.double(), [0, 2, 3], correction=0, keepdim=True)
+    torch.testing.assert_close(average.double(), want_average, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), want_variance, rtol=1e-4, atol=0)
+
+
+def test_other_statistics_are_left_to_the_compiler():
+    x = torch.randn(2, 3, 4, 4)
+    assert _batch_statistics(x, [1], correction=0, keepdim=True) is NotImplemented
+    assert _batch_statistics(x, [0, 2, 3], correction=1, keepdim=True) is NotImplemented
+    assert _batch_statistics(x[0], [0, 1, 2], correction=0, keepdim=True) is NotImplemented
+
+
+def test_compiled_batch_norms_take_their_statistics_as_sums(device, monkeypatch):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()).to(device).double()
+    x = torch.randn(4, 3, 8, 8, device=device, dtype=torch.float64) + 100
+    want = step(copy.deepcopy(network), x)
+    seen = []
+
+    def watched(x, *arguments, **keywords):
+        seen.append(x.shape)
+        return _batch_statistics(x, *arguments, **keywords)
+
+    monkeypatch.setattr(sys.modules[_batch_statistics.__module__], "_batch_statistics", watched)
+    got = step(replknet.optimize(network, "training", compile=True), x)
+    assert seen
+    assert set(seen) == {(4, 8, 8, 8)}
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_activations_are_taken_into_products(trained, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torch._functorch.config as functorch_config
 from timm.layers.mlp import Mlp
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from replknet.layers import ConvFFN, ConvNorm, DepthwiseConv2d, PointwiseConv2d, reparameterize
 from replknet.layers.activated_linear import ActivatedLinear
@@ -118,8 +118,30 @@ def _compile_graph(graph: fx.GraphModule, inputs: list[Any], *, options: dict[st
     """TorchInductor, as a backend of torch.compile."""
     _count_at_once(graph.graph)
     graph.recompile()
+    # The compiler is slow to import, and only asked for here.
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    decompositions = {**select_decomp_table(), torch.ops.aten.var_mean.correction: _batch_statistics}
     with functorch_config.patch(ban_recompute_materialized_backward=not recompute):
-        return torch._inductor.compile(graph, inputs, options=options)
+        return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions)
+
+
+def _batch_statistics(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Variance and mean of a batch norm as two plain sums, of x and of its square, both less a value of the channel.
+
+    The compiler's own way (Welford's) divides at every element and carries three numbers through both of its steps.
+    The value taken away keeps a mean that is large beside the deviation from costing digits.
+    """
+    if x.dim() != 4 or dim != [0, 2, 3] or correction != 0 or not keepdim:
+        return NotImplemented
+    shift = x[:1, :, :1, :1]
+    apart = x - shift
+    mean = apart.mean(dim, keepdim=True)
+    square = (apart * apart).mean(dim, keepdim=True)
+    return (square - mean * mean).clamp_min(0), mean + shift
 
 
 def _count_at_once(graph: fx.Graph) -> None:
@@ -142,7 +164,7 @@ def _count_at_once(graph: fx.Graph) -> None:
 def _is_count(node: fx.Node) -> bool:
     """Whether the node is a scalar of whole numbers that nothing else reads."""
     value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == torch.long and len(node.users) == 1
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.long and len(node.users) == 1
 
 
 def _check(model: nn.Module, mode: str, dtype: torch.dtype | None, memory_format: str | None) -> None:
