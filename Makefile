@@ -4,6 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Test files are shared out among so many processes, of one thread each: threads that wait for one another would only get in
+# the way. WORKERS=1 shows the tests one after the other, in their order.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
+PYTEST := $(BIN)/python -m pytest
+SHARED := OMP_NUM_THREADS=1 $(PYTEST) $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
+
 .PHONY: demo test test-slow test-gpu bench lint clean
 .DEFAULT_GOAL := demo
 
@@ -26,13 +32,13 @@ demo: $(VENV)/.demo
 
 # Everything that runs in minutes on two cores. ARGS passes options to pytest.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(SHARED) -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(SHARED) -m slow $(ARGS)
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(PYTEST) -m gpu $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/replknet bench op
