@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the way. WORKERS=1 shows the tests one after the other, in their order.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 PYTEST := $(BIN)/python -m pytest
-SHARED := OMP_NUM_THREADS=1 $(PYTEST) $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
+SHARED = OMP_NUM_THREADS=1 $(PYTEST) $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 .PHONY: demo test test-slow test-gpu bench lint clean
 .DEFAULT_GOAL := demo

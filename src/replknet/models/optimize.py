@@ -130,10 +130,11 @@ def _compile_graph(graph: fx.GraphModule, inputs: list[Any], *, options: dict[st
 def _batch_statistics(
     x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Variance and mean of a batch norm as two plain sums, of x and of its square, both less a value of the channel.
+    """Variance and mean `[1, C, 1, 1]` of x `[N, C, H, W]` for a batch norm, as two plain sums.
 
     The compiler's own way (Welford's) divides at every element and carries three numbers through both of its steps.
-    The value taken away keeps a mean that is large beside the deviation from costing digits.
+    Both sums are taken less one value of the channel, so that a mean that is large beside the deviation costs no
+    digits. Other calls of `aten.var_mean` are NotImplemented, which leaves them to the compiler.
     """
     if x.dim() != 4 or dim != [0, 2, 3] or correction != 0 or not keepdim:
         return NotImplemented

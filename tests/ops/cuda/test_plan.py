@@ -469,9 +469,8 @@ def weight_grad_constants(k, t) -> dict[str, int]:
     constants = {
         "LO": low, "HI": high, "ND": k.nd, "P": k.p, "GR": k.gr, "JP": k.jp, "SET_ROWS": k.set_rows,
         "SET_TASKS": k.set_tasks, "XPITCH": x_pitch, "YPITCH": y_pitch, "HEAD": _plan.HEAD, "KQ": k.kq,
-        "ZERO": _plan.round_up(max(t["cbi"], t["cbo"] + 1) * 16, 128),
+        "ZERO": _plan.round_up(max(t["cbi"], t["cbo"] + 1) * 16, 128), "SUMS": _plan.diagonal_floats(low, high),
     }  # fmt: skip
-    constants["SUMS"] = _plan.diagonal_floats(low, high)
     # The channels_last kernel shares out its warps for itself.
     return constants if "wg" in t else constants | {"WG": k.wg, "WS": t["warps"] // k.wg}
 

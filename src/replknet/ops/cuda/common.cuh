@@ -160,7 +160,7 @@ template <int KH, int KW, int LO, int HI> struct Table {
     else fill<DT, NP, THREADS, false>(table, weight, tid);
   }
   // A thread has the words of one t, and of t + LANES and so on, of every LINES-th row pair. Where t or t + 1 lies outside the
-  // kernel row, the nearest tap is read and masked; a thread without a row pair of its own repeats the last.
+  // kernel row, the nearest tap is read and masked; a thread without a row pair reads the last, and writes nothing.
   template <int DT, int NP, int THREADS, bool TURNED> static __device__ __forceinline__ void fill(u32 table, const u8* weight, int tid) {
     constexpr int LANES = 2 * NU > 16 ? 32 : 2 * NU > 8 ? 16 : 8, LINES = THREADS / LANES, COUNT = cdiv(KQ, LINES), U = cmin(COUNT, 8);
     constexpr int SIZE = DT == F32 ? 4 : 2, ROW = TURNED ? -KW * SIZE : KW * SIZE;
@@ -177,18 +177,19 @@ template <int KH, int KW, int LO, int HI> struct Table {
         Pair<DT> even[U], odd[U];
 #pragma unroll
         for (int k = 0; k < U; k++) {
-          const int last = (q0 + k) * LINES + LINES - 1, q = last < KQ ? (q0 + k) * LINES + line : min((q0 + k) * LINES + line, KQ - 1);
+          const int last = (q0 + k) * LINES + LINES - 1, own = (q0 + k) * LINES + line, q = last < KQ ? own : min(own, KQ - 1);
           const u8 *a = left + q * (2 * ROW), *b = right + q * (2 * ROW);
           even[k] = Pair<DT>::load(a, b, true), odd[k] = Pair<DT>::load(a + ROW, b + ROW, 2 * last + 1 < KH || 2 * q + 1 < KH);
         }
 #pragma unroll
         for (int k = 0; k < U; k++) {
-          const int last = (q0 + k) * LINES + LINES - 1, q = last < KQ ? (q0 + k) * LINES + line : min((q0 + k) * LINES + line, KQ - 1);
+          const int q = (q0 + k) * LINES + line;
+          if ((q0 + k) * LINES + LINES <= KQ || q < KQ)
 #pragma unroll
-          for (int p = 0; p < NP; p++) {
-            const u32 word = even[k].next_plane() & mask;
-            sts64(to + q * (NU * 8) + p * PLANE, word, odd[k].next_plane() & mask);
-          }
+            for (int p = 0; p < NP; p++) {
+              const u32 word = even[k].next_plane() & mask;
+              sts64(to + q * (NU * 8) + p * PLANE, word, odd[k].next_plane() & mask);
+            }
         }
       }
     }
