@@ -1,6 +1,7 @@
 """The operator as a citizen of torch: opcheck, gradcheck, compile, export, vmap, checkpointing, graphs, streams."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -241,6 +242,27 @@ def test_current_stream_is_respected(cuda):
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
         y = depthwise_conv2d(late, w)
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_thread_that_has_no_context_yet(cuda, channels_last):
+    """Such as autograd's, when a backward pass begins with the operator."""
+    from cuda.bindings import driver
+
+    x = draw(4, 16, 20, 20, device=cuda, dtype=torch.float16, channels_last=channels_last)
+    w = draw(16, 1, 9, 9, device=cuda, dtype=torch.float16, seed=1)
+    expected = depthwise_conv2d(x, w)
+    torch.cuda.synchronize()
+
+    def first_call():
+        driver.cuCtxSetCurrent(driver.CUcontext(0))
+        return depthwise_conv2d(x, w)
+
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(first_call).result()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
 

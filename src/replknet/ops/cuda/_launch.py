@@ -64,11 +64,41 @@ def launch(plan: Launch, device: torch.device, *arguments: Tensor | int | None) 
     with torch.cuda.device(index):
         kernel = _kernel(plan.sources, plan.expression, plan.shared_bytes, index)
         stream = torch.cuda.current_stream().cuda_stream
-        (status,) = driver.cuLaunchKernel(
-            kernel, *plan.grid, plan.block, 1, 1, plan.shared_bytes, stream, ctypes.addressof(pointers), 0
-        )
+
+        def attempt():
+            (status,) = driver.cuLaunchKernel(
+                kernel, *plan.grid, plan.block, 1, 1, plan.shared_bytes, stream, ctypes.addressof(pointers), 0
+            )
+            return status
+
+        status = attempt()
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            _make_current(index)
+            status = attempt()
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"launch of {plan.expression} failed: {status.name}; grid {plan.grid}, {plan.block} threads")
+
+
+def _make_current(index: int) -> None:
+    """Give this thread the context of a GPU that torch works in.
+
+    A thread that has called nothing of CUDA's runtime yet has none, and the driver, unlike the runtime, does not help
+    itself: autograd's thread is one when a backward pass begins with this operator.
+    """
+    driver = importlib.import_module("cuda.bindings.driver")
+    (status,) = driver.cuCtxSetCurrent(_context(index))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the context of CUDA device {index} cannot be made current: {status.name}")
+
+
+@functools.cache
+def _context(index: int):
+    """The primary context of a GPU, kept for the life of the process."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, context = driver.cuDevicePrimaryCtxRetain(driver.CUdevice(index))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA device {index} gives no context: {status.name}")
+    return context
 
 
 @functools.cache
@@ -83,6 +113,7 @@ def _library(sources: tuple[str, ...], expression: str, arch: str):
 def _kernel(sources: tuple[str, ...], expression: str, shared_bytes: int, index: int):
     driver = importlib.import_module("cuda.bindings.driver")
     with _LOCK:
+        _make_current(index)
         _, kernel = _library(sources, expression, gpu_of(index).arch)
         handle = int(kernel.handle)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
