@@ -6,10 +6,14 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import replknet
 from replknet.layers import DepthwiseConv2d, PointwiseConv2d, epilogue
+from replknet.layers.activation_checkpoint import checkpointed
+from replknet.layers.recomputed_gelu import RecomputedGELU
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
 from replknet.models.optimize import FORMATS, _batch_statistics, _count_at_once
 from replknet.ops import is_cnhw
@@ -165,6 +169,42 @@ def test_compiled_batch_norms_take_their_statistics_as_sums(device, monkeypatch)
     monkeypatch.setattr(sys.modules[_batch_statistics.__module__], "_batch_statistics", watched)
     got = step(replknet.optimize(network, "training", compile=True), x)
     assert set(seen) == {(4, 8, 8, 8)}
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
+
+
+class Choosing(nn.GELU):
+    """A checkpoint that says itself what is kept: all."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's own name
+        return checkpoint(F.gelu, input, use_reentrant=False, context_fn=keeping_all)  # type: ignore[return-value]
+
+
+def keeping_all():
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+
+class Block(nn.Module):
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.layers = Normed(nn.Conv2d(4, 64, 1), nn.BatchNorm2d(64), act, nn.Conv2d(64, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpointed(self.layers, x)
+
+
+@pytest.mark.parametrize(("act", "times"), [(nn.GELU, 1), (RecomputedGELU, 1), (Choosing, 16)])
+def test_a_checkpoint_in_a_checkpoint_keeps_nothing_more(act, times):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = Normed(Block(act()), Block(act())).double()
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    want = step(copy.deepcopy(network), x)
+    replknet.optimize(network, "training", compile=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        got = step(network, x)
+    assert max(kept) == times * x.numel()
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
 

@@ -117,7 +117,7 @@ def optimize(
 def _compile_graph(graph: fx.GraphModule, inputs: list[Any], *, options: dict[str, Any], recompute: bool) -> Any:
     """TorchInductor, as a backend of torch.compile."""
     _count_at_once(graph.graph)
-    graph.recompile()
+    _merge_checkpoints(graph)
     # The compiler is slow to import, and only asked for here.
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
@@ -143,6 +143,26 @@ def _batch_statistics(
     mean = apart.mean(dim, keepdim=True)
     square = (apart * apart).mean(dim, keepdim=True)
     return (square - mean * mean).clamp_min(0), mean + shift
+
+
+def _merge_checkpoints(graph: fx.GraphModule, *, inside: bool = False) -> None:
+    """A checkpoint within a checkpoint becomes a part of it.
+
+    The compiler keeps what goes from one checkpoint into another. `RecomputedGELU` in a block that is computed again as
+    a whole would thus keep its input, the widest tensor of the block.
+    """
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+            continue
+        name = node.args[0].target
+        body = graph.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        _merge_checkpoints(body, inside=True)
+        if inside and "_checkpoint_context_fn" not in body.meta:  # which says itself what to keep
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.call_module(name, node.args[1:]))
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _count_at_once(graph: fx.Graph) -> None:
