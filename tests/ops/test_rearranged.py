@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from replknet.ops import _rearranged, _torch
+from replknet.ops import _cpu, _rearranged, _torch
 
 
 @pytest.mark.parametrize("width", [9, 11, 13, 15, 17])
@@ -32,3 +32,35 @@ def test_half_precision_is_rounded_once_on_a_cpu(dtype, oracle):
     assert torch.equal(_rearranged.forward(x, w, b, None), wide.to(dtype))
     wide = _rearranged.weight_grad(g.float(), x.float(), 7, 5)
     assert torch.equal(_rearranged.weight_grad(g, x, 7, 5), wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cnhw"])
+@pytest.mark.parametrize("name", ["avx512", "avx2"])
+@pytest.mark.parametrize("kernel", [(1, 1), (5, 7), (9, 13), (15, 17)], ids=str)
+def test_images_in_parts_match_the_oracle(kernel, name, layout, dtype, instructions, monkeypatch, oracle):
+    instructions(name)
+    x, w, b, g = oracle.make_inputs(5, 6, 12, 14, *kernel, dtype, "cpu", channels_last=layout == "channels_last")
+    if layout == "cnhw":
+        x, g = (value.transpose(0, 1).contiguous().transpose(0, 1) for value in (x, g))
+    whole = _rearranged.forward(x, w, b, "relu"), _rearranged.input_grad(g, w), _rearranged.weight_grad(g, x, *kernel)
+    image = 6 * 12 * 14 * 4
+    monkeypatch.setattr(_cpu, "_PART", 2 * image // torch.get_num_threads())
+    assert _cpu.parts_of(x.shape, torch.float32) == 3
+    seen = []
+    convolve = _rearranged._convolve_in
+    monkeypatch.setattr(
+        _rearranged, "_convolve_in", lambda *args, **kw: seen.append(len(args[1])) or convolve(*args, **kw)
+    )
+    parts = _rearranged.forward(x, w, b, "relu"), _rearranged.input_grad(g, w), _rearranged.weight_grad(g, x, *kernel)
+    # float32 that comes in the format of the fastest kernel goes through whole.
+    assert seen == [2, 2, 1] * 2 if dtype != torch.float32 else sum(seen) == 10
+    for got, expected in zip(parts, whole, strict=True):
+        assert got.dtype == dtype
+        assert oracle.relative_error(got.double(), expected.double()) <= oracle.tolerance[dtype]
+
+
+def test_a_part_is_no_less_than_an_image():
+    assert _cpu.parts_of((1, 64, 4096, 4096), torch.float32) == 1
+    assert _cpu.parts_of((3, 64, 4096, 4096), torch.float32) == 3
+    assert _cpu.parts_of((64, 8, 7, 7), torch.float32) == 1

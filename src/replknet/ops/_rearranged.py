@@ -4,15 +4,18 @@ torch has fast kernels for some forms of a depthwise convolution and very slow o
 the convolution of the output gradient with the flipped kernel, and the other way round; the weight gradient is the
 depthwise convolution of x with the output gradient as kernel. Taps that reach from any pixel past the far border are
 left out. On a CPU, `_cpu.py` says which form is fastest, and half precision is computed in float32 and rounded at the
-end, which is many times faster there.
+end, which is many times faster there; where tensors have to change their format or dtype, a few images do so at a time,
+which stay in the cache.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from replknet.ops import _cpu, _torch
-from replknet.ops._cpu import reaching
+from replknet.ops._cpu import Form, reaching
 from replknet.ops._problem import is_channels_last, problem_of
 
 # Kernel sizes up to this run faster in channels_last on CUDA (cuDNN), larger ones in NCHW (H100, torch 2.11).
@@ -22,17 +25,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """`[N, C, H, W]` in x's dtype; the format is the one that was fast."""
-    if x.is_cpu and x.dtype in _HALF:
-        bias = None if bias is None else bias.float()
-        return forward(x.float(), weight.float(), bias, activation).to(x.dtype)
-    y = _convolve(x, weight, bias, turned=False)
-    return y.relu_() if activation == "relu" else y
+    return _convolve(x, weight, bias, turned=False, relu=activation == "relu")
 
 
 def input_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
     """Gradient with respect to x, `[N, C, H, W]`: the forward pass with the kernel turned by 180 degrees."""
-    if grad_y.is_cpu and grad_y.dtype in _HALF:
-        return input_grad(grad_y.float(), weight.float()).to(grad_y.dtype)
     return _convolve(grad_y, weight, None, turned=True)
 
 
@@ -43,7 +40,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int) -> Tensor:
     if near == (1, 1):
         grad = (grad_y.to(wide) * x).sum((0, 2, 3)).view(-1, 1, 1, 1)
     elif x.is_cpu:
-        grad = _weight_grad_on_cpu(grad_y.to(wide), x.to(wide), near)
+        grad = _weight_grad_on_cpu(grad_y, x, near, wide)
     else:
         # H rows of image, padded by Kh // 2, under a kernel of H rows give 2 * (Kh // 2) + 1 = Kh rows. Images become
         # channels: one launch for all of them, and no copy where x is contiguous.
@@ -65,43 +62,74 @@ def _reaching_part(weight: Tensor, x: Tensor) -> Tensor:
     return weight[:, :, top : top + kh, left : left + kw]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool) -> Tensor:
-    """The convolution with the weight, or with the weight turned by 180 degrees."""
-    weight = _reaching_part(weight, x)
-    C, _, kh, kw = weight.shape
-    if kh == kw == 1:
-        scale = weight.view(1, -1, 1, 1)
-        return x * scale if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, scale)
-    if not x.is_cpu:
-        small = x.is_cuda and max(kh, kw) <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64
-        channels_last, gradient, width = small, False, None
-    else:
-        form = _cpu.form_of("input_grad" if turned else "forward", problem_of(x, (kh, kw)))
-        channels_last, gradient, width = form.channels_last, form.gradient, form.width
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool, relu: bool = False) -> Tensor:
+    """The convolution with the weight, or with the weight turned by 180 degrees, in x's dtype."""
+    wide = torch.float32 if x.is_cpu and x.dtype in _HALF else x.dtype
+    weight, bias = _reaching_part(weight, x).to(wide), None if bias is None else bias.to(wide)
+    form = _form_of(x, weight, turned)
     # torch's gradient turns the weight itself.
-    weight = weight if turned == gradient else weight.flip(2, 3)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    if gradient:
-        y = _torch.input_grad(x, weight)
-        return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
-    if width is not None:
-        margin = (width - kw) // 2
-        weight, kw = F.pad(weight, (margin, margin)), width
-    return F.conv2d(x, weight, bias, 1, (kh // 2, kw // 2), 1, C)
+    weight = weight if turned == form.gradient else weight.flip(2, 3)
+    if form.width is not None:
+        margin = (form.width - weight.shape[3]) // 2
+        weight = F.pad(weight, (margin, margin))
+    as_it_is = wide == x.dtype and form.channels_last == is_channels_last(x)
+    parts = 1 if as_it_is or not x.is_cpu else _cpu.parts_of(x.shape, wide)
+    if parts == 1:
+        return _convolve_in(form, x, weight, bias, relu=relu)
+    y = torch.empty_like(x)
+    for images, out in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+        out.copy_(_convolve_in(form, images, weight, bias, relu=relu))
+    return y
 
 
-def _weight_grad_on_cpu(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def _convolve_in(form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool) -> Tensor:
+    """The convolution as the form says, with a weight prepared for it; x's dtype, the form's format."""
+    C, _, kh, kw = weight.shape
+    dtype = x.dtype
+    if kh == kw == 1:
+        x, scale = x.to(weight.dtype), weight.view(1, -1, 1, 1)
+        y = x * scale if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, scale)
+    else:
+        # Half precision changes its format before it is widened and after it is rounded: two copies, one of half the
+        # bytes, took 0.3 to 0.8 of the time of torch's one copy that does both.
+        layout = torch.channels_last if form.channels_last else torch.contiguous_format
+        x = x.contiguous(memory_format=layout).to(weight.dtype)
+        if form.gradient:
+            y = _torch.input_grad(x, weight)
+            y = y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+        else:
+            y = F.conv2d(x, weight, bias, 1, (kh // 2, kw // 2), 1, C)
+    return (y.relu_() if relu else y).to(dtype)
+
+
+def _form_of(x: Tensor, weight: Tensor, turned: bool) -> Form:
+    kernel = (weight.shape[2], weight.shape[3])
+    if kernel == (1, 1):
+        return Form(is_channels_last(x), turned, "a scaling")
+    if x.is_cpu:
+        return _cpu.form_of("input_grad" if turned else "forward", problem_of(x, kernel))
+    small = x.is_cuda and max(kernel) <= CUDA_CHANNELS_LAST_KERNEL and x.dtype != torch.float64
+    return Form(small, False, "cuDNN's small kernels are faster in channels_last, large ones in contiguous tensors")
+
+
+def _weight_grad_on_cpu(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide: torch.dtype) -> Tensor:
     N, C, H, W = x.shape
-    way = _cpu.weight_grad_way((N, C, H, W), kernel, x.dtype, channels_last=is_channels_last(x))
-    if way == "strips":
-        return _weight_grad_by_strips(grad_y, x, kernel)
+    way = _cpu.weight_grad_way((N, C, H, W), kernel, wide, channels_last=is_channels_last(x))
     if way == "channels":
-        each = _correlation(x.reshape(1, N * C, H, W), grad_y.reshape(N * C, 1, H, W), kernel)
+        kernels = grad_y.to(wide).reshape(N * C, 1, H, W)
+        each = _correlation(x.to(wide).reshape(1, N * C, H, W), kernels, kernel)
         return each.view(N, C, 1, *kernel).sum(0)
-    total = x.new_zeros(1, C, *kernel)
-    for image, grad in zip(x.split(1), grad_y, strict=True):
+    run = _weight_grad_by_strips if way == "strips" else _weight_grad_by_images
+    parts = _cpu.parts_of(x.shape, wide)
+    pieces = zip(grad_y.tensor_split(parts), x.tensor_split(parts), strict=True)
+    return functools.reduce(torch.add, (run(grads, images, kernel, wide) for grads, images in pieces))
+
+
+def _weight_grad_by_images(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide: torch.dtype) -> Tensor:
+    total = torch.zeros(1, x.shape[1], *kernel, dtype=wide)
+    for image, grad in zip(x.to(wide).split(1), grad_y.to(wide), strict=True):
         total += _correlation(image, grad.unsqueeze(1), kernel)
-    return total.view(C, 1, *kernel)
+    return total.view(-1, 1, *kernel)
 
 
 def _correlation(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -114,14 +142,14 @@ def _correlation(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     )[0]
 
 
-def _weight_grad_by_strips(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def _weight_grad_by_strips(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide: torch.dtype) -> Tensor:
     # One convolution for all images would have to copy x to [H, W, N * C] first, which costs more than it saves.
     C, H, W = x.shape[1:]
-    grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+    grad_y, x = (value.contiguous(memory_format=torch.channels_last).to(wide) for value in (grad_y, x))
     rows = _rows_of_a_strip(H, W, kernel)
     total = x.new_zeros(1, *kernel, C).permute(0, 3, 1, 2)
     if rows == H:
-        x, margin, padding = x.contiguous(memory_format=torch.channels_last), 0, (kernel[0] // 2, kernel[1] // 2)
+        margin, padding = 0, (kernel[0] // 2, kernel[1] // 2)
     else:
         margin, padding = kernel[0] // 2, (0, kernel[1] // 2)
         x = _with_rows_of_zeros(x, margin)
