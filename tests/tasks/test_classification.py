@@ -5,12 +5,14 @@ import math
 
 import lightning
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from replknet.data import IGNORE
+from replknet.layers import PointwiseConv2d
 from replknet.tasks.classification import Classification, ModelDescription, OptimizationConfig, count_correct
 from replknet.tasks.mixing import MixingConfig
 from replknet.tasks.schedules import WarmupCosine
@@ -230,3 +232,42 @@ def test_description_is_made_of_plain_values(tmp_path):
         "in_chans": 1,
         "model_kwargs": {"k": [1]},
     }
+
+
+class Counting(nn.Module):
+    """A network that notes which calls reach Python: compiled ones do not."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.calls = network, []
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            self.calls.append((self.training, len(x)))
+        return self.network(x)
+
+
+@pytest.mark.parametrize("speed", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_an_optimised_network_learns_the_same(tmp_path, speed):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = make(Counting(timm.create_model("replknet_nano", num_classes=CLASSES)).double(), total=8)
+    fast = make(copy.deepcopy(plain.model), total=8, speed=speed)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(22, 3, 32, 32, generator=generator, dtype=torch.float64)
+    loader = DataLoader(TensorDataset(images, torch.randint(CLASSES, (22,), generator=generator)), batch_size=6)
+    for module in (plain, fast):
+        trainer = trainer_for(tmp_path, max_epochs=2, limit_train_batches=3)
+        with quiet():
+            trainer.fit(module, loader, loader)
+    assert plain.model.calls == 2 * ([(True, 6)] * 3 + [(False, 6)] * 3 + [(False, 4)])
+    # Validation runs uncompiled.
+    assert fast.model.calls == [call for call in plain.model.calls if speed == "eager" or not call[0]]
+    assert fast.scores == pytest.approx(plain.scores, rel=1e-6)
+    for one, other in ((plain.model, fast.model), (plain.ema, fast.ema)):
+        states = one.state_dict(), other.state_dict()
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[0].items():
+            torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=key)
+    pointwise = [network.model.network.stages[0].blocks[0].pw1.conv for network in (plain, fast)]
+    assert [type(conv) for conv in pointwise] == [nn.Conv2d, PointwiseConv2d]

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 NETWORKS = {
     "layer norm": {"model": "test_convnext", "image_size": 32},
+    "optimised": {"model": "test_convnext", "image_size": 32, "speed": "eager"},
     "frozen batch norm": {
         "model": "replknet_nano",
         "image_size": 16,

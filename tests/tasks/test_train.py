@@ -224,6 +224,20 @@ def test_a_finished_run_has_nothing_left_to_do(small_config, digits_folder, tmp_
     assert again.final == first.final
 
 
+@pytest.mark.parametrize("speed", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_an_optimised_run_goes_on_to_the_last_bit(small_config, reference, digits_folder, tmp_path, speed):
+    whole = train(small_config(digits_folder, tmp_path / "whole", speed=speed))
+    assert state(whole.last)["state_dict"].keys() == state(reference.last)["state_dict"].keys()
+    assert losses(whole.folder)[0][1] == pytest.approx(losses(reference.folder)[0][1], rel=1e-4)
+    parts = small_config(digits_folder, tmp_path / "parts", speed=speed, resume="auto")
+    with pytest.raises(RunStoppedError):
+        train(parts, callbacks=[SignalAt(9)])
+    train(parts)
+    assert_same_run(tmp_path / "parts", whole.folder)
+    # What a run computes does not depend on it: another speed may go on.
+    train(replace(parts, resume=str(whole.folder), output=str(tmp_path / "plain"), speed="plain"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -284,6 +298,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(small_
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"speed": "fast"}, "plain, eager, compiled"),
+        ({"speed": "eager", "hardware": Hardware(strategy="fsdp")}, "speed must be plain"),
         ({"warmup_epochs": 3}, "warm-up of 24 steps"),
         ({"freeze": ["stem"]}, "no module is named 'stem'"),
         ({"model_kwargs": {"depth": 3}}, "does not take"),

@@ -12,6 +12,7 @@ import torch._functorch.config as functorch_config
 from timm.layers.mlp import Mlp
 from torch import Tensor, fx, nn
 
+from replknet._host_memory import keep_freed_memory
 from replknet.layers import ConvFFN, ConvNorm, DepthwiseConv2d, PointwiseConv2d, reparameterize
 from replknet.layers.activated_linear import ActivatedLinear
 from replknet.layers.cnhw_conv2d import CnhwConv2d
@@ -54,7 +55,7 @@ def optimize(
       layout, beside the parameters, and every activation runs in the kernel before it.
     - "training": training mode; parameters, state-dict keys and batch norms stay as they are. Mixed precision is
       autocast's affair, as always. Compiled for CUDA, outputs of GELU are computed again in backward instead of kept:
-      a seventh less memory.
+      a seventh less memory. On a CPU the process keeps the memory of freed tensors for the next step from then on.
 
     Call it after loading weights and moving the model to its device, and before wrapping it for distributed training.
 
@@ -96,6 +97,8 @@ def optimize(
         model.to(dtype)
     else:
         model.train()
+        if device.type == "cpu":
+            keep_freed_memory()
     log.info("%s", accelerate(model))
     if compiled and device.type == "cuda":
         _convert(model, DepthwiseConv2d, ShiftedDepthwiseConv2d, lambda conv: why_not_shifted(conv) is None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
@@ -13,10 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from replknet.data import IGNORE
+from replknet.models.optimize import optimize
 from replknet.tasks.mixing import Mixing, MixingConfig
 from replknet.tasks.parameter_groups import parameter_groups
 from replknet.tasks.randomness import seed_batch
 from replknet.tasks.schedules import WarmupCosine
+
+Speed = Literal["plain", "eager", "compiled"]
+SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Classification(lightning.LightningModule):
         ema_decay: of the averaged weights; 0 for none.
         seed: of mixup, drop path and dropout; see `randomness.seed_batch`.
         frozen: modules of `model` that stay as they are, batch-norm statistics included.
+        speed: "plain" trains the model as it was built; "eager" and "compiled" as `replknet.optimize` makes it, without
+            and with torch.compile. What is computed differs by rounding only, and checkpoints are the same.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Classification(lightning.LightningModule):
         ema_decay: float = 0.0,
         seed: int = 0,
         frozen: tuple[nn.Module, ...] = (),
+        speed: Speed = "plain",
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,6 +98,7 @@ class Classification(lightning.LightningModule):
         self.optimization = optimization
         self.mixing = Mixing(mixing or MixingConfig(), description.num_classes)
         self.seed = seed
+        self.speed = speed
         # In tuples, so that neither is registered: DDP, SyncBN conversion and state_dict see the raw model only.
         self._frozen = frozen
         self._ema = (ModelEmaV3(model, decay=ema_decay).requires_grad_(False),) if ema_decay else ()
@@ -107,6 +115,14 @@ class Classification(lightning.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
+
+    def setup(self, stage: str) -> None:
+        """On the model's device, and before a strategy wraps it: `optimize` chooses by the one and alters the other."""
+        if stage == "fit" and self.speed != "plain":
+            self.model.to(self.trainer.strategy.root_device)
+            optimize(self.model, "training", compile=self.speed == "compiled")
+            for ema in self._ema:
+                ema.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def configure_model(self) -> None:
         """Lightning's place for sharding; does nothing under any other strategy."""
@@ -162,7 +178,9 @@ class Classification(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self._counts["val"] += count_correct(self.model(images), labels)
+        # A compiled model would be compiled again, for its evaluation mode and for the last batch, which is smaller.
+        with torch.compiler.set_stance("force_eager" if self.speed == "compiled" else "default"):
+            self._counts["val"] += count_correct(self.model(images), labels)
         if self.ema is not None:
             self._counts["val_ema"] += count_correct(self.ema(images), labels)
 

@@ -20,7 +20,7 @@ from replknet.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ImageData, 
 from replknet.tasks import run_folder
 from replknet.tasks.batching import BatchPlan, plan_batch
 from replknet.tasks.checkpoints import BEST, LAST, RunCheckpoints, find_resume, read_position
-from replknet.tasks.classification import Classification, ModelDescription, OptimizationConfig
+from replknet.tasks.classification import SPEEDS, Classification, ModelDescription, OptimizationConfig, Speed
 from replknet.tasks.fine_tuning import build_model, frozen_modules
 from replknet.tasks.logs import Progress, RunLogger, TrainingLog, make_loggers, read_metrics
 from replknet.tasks.mixing import MixingConfig
@@ -57,6 +57,9 @@ class TrainConfig:
         freeze: name prefixes of modules that stay as they are, for example [stem, stages.0].
         drop_path: drop path rate of the last layer; None keeps the model's default.
         activation_checkpointing: recompute activations in the backward pass: less memory, more time.
+        speed: train the model "plain", as it was built, or as `replknet.optimize` makes it: "eager", in the form that
+            is fast on this device, or "compiled", by torch.compile as well, which GPUs gain most from and which makes
+            the first step take minutes. What is computed differs by rounding only.
         augmentation: training transforms; by default the data's own.
         epochs: passes over the training set.
         global_batch: images of one optimizer step, over all devices and accumulation steps.
@@ -112,6 +115,7 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)
     drop_path: float | None = None
     activation_checkpointing: bool = False
+    speed: Speed = "plain"
     augmentation: Augmentation | None = None
     epochs: int = 10
     global_batch: int = 64
@@ -173,7 +177,7 @@ class TrainConfig:
 
 # What may change when a run is resumed, since it does not change what is computed.
 _FREE_DATA = {"data", "val_data", "val_labels", "data_root", "download", "loader", "validate"}
-_FREE_HARDWARE = {"hardware", "max_batch_per_device", "activation_checkpointing"}
+_FREE_HARDWARE = {"hardware", "max_batch_per_device", "activation_checkpointing", "speed"}
 _FREE_START = {"resume", "overwrite", "weights", "pretrained", "use_ema_weights"}
 _FREE_REPORTS = {"output", "progress", "wandb", "log_every", "checkpoint_every"}
 _FREE = _FREE_DATA | _FREE_HARDWARE | _FREE_START | _FREE_REPORTS
@@ -331,6 +335,12 @@ def _checked(config: TrainConfig) -> TrainConfig:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
     if not 0 <= config.ema_decay < 1:
         raise UsageError(f"ema_decay must be in [0, 1), got {config.ema_decay}")
+    if config.speed not in SPEEDS:
+        raise UsageError(f"speed must be one of {', '.join(SPEEDS)}, got {config.speed!r}")
+    if config.hardware.strategy == "fsdp" and config.speed != "plain":
+        raise UsageError(
+            f"--hardware.strategy fsdp shards the model as it was built: speed must be plain, got {config.speed}"
+        )
     if config.hardware.strategy == "fsdp" and config.ema_decay:
         raise UsageError("--hardware.strategy fsdp shards the weights and keeps no average of them: set ema_decay 0")
     return config
@@ -394,6 +404,7 @@ def _make_module(config: TrainConfig, data: ImageData, steps_per_epoch: int) -> 
         ema_decay=config.ema_decay,
         seed=config.seed,
         frozen=frozen,
+        speed=config.speed,
     )
 
 
