@@ -70,8 +70,8 @@ def reaching(kernel: int, size: int) -> int:
 
 
 # Bytes of images that change their format or dtype at a time, for each thread. In such parts, which stay in the caches
-# and need no new pages of memory, 64 images took 0.7 to 0.9 of the time of whole tensors (31x31 on 56², 19x19 on 32²,
-# 29x29 on 28²); 8 images, and 64 on 14², were level within the noise, and so were sizes of 1 to 12 MiB.
+# and need no new pages of memory, 64 images took 0.63 to 0.91 of the time of whole tensors (27x27 on 14² to 31x31 on
+# 56²); 8 images, and 64 on 7², were level. Parts of 1 to 12 MiB differed by no more than the noise.
 _PART = 4 << 20
 
 

@@ -122,14 +122,16 @@ def _weight_grad_on_cpu(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide
     run = _weight_grad_by_strips if way == "strips" else _weight_grad_by_images
     parts = _cpu.parts_of(x.shape, wide)
     pieces = zip(grad_y.tensor_split(parts), x.tensor_split(parts), strict=True)
-    return functools.reduce(torch.add, (run(grads, images, kernel, wide) for grads, images in pieces))
+    total = functools.reduce(torch.add, (run(grads, images, kernel, wide) for grads, images in pieces))
+    return total.reshape(C, 1, *kernel)
 
 
 def _weight_grad_by_images(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide: torch.dtype) -> Tensor:
+    """`[1, C, *kernel]`."""
     total = torch.zeros(1, x.shape[1], *kernel, dtype=wide)
     for image, grad in zip(x.to(wide).split(1), grad_y.to(wide), strict=True):
         total += _correlation(image, grad.unsqueeze(1), kernel)
-    return total.view(-1, 1, *kernel)
+    return total
 
 
 def _correlation(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -143,6 +145,7 @@ def _correlation(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _weight_grad_by_strips(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], wide: torch.dtype) -> Tensor:
+    """`[1, C, *kernel]`, in the format that torch returned."""
     # One convolution for all images would have to copy x to [H, W, N * C] first, which costs more than it saves.
     C, H, W = x.shape[1:]
     grad_y, x = (value.contiguous(memory_format=torch.channels_last).to(wide) for value in (grad_y, x))
@@ -159,7 +162,7 @@ def _weight_grad_by_strips(grad_y: Tensor, x: Tensor, kernel: tuple[int, int], w
             strip = grad_y[n, :, top : top + rows].reshape(C, 1, -1, W)
             near = x[n : n + 1, :, top : top + strip.shape[2] + 2 * margin]
             total += F.conv2d(near, strip, padding=padding, groups=C)
-    return total.reshape(C, 1, *kernel)
+    return total
 
 
 def _rows_of_a_strip(height: int, width: int, kernel: tuple[int, int]) -> int:
