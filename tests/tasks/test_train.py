@@ -323,6 +323,13 @@ def test_a_request_that_cannot_be_met_leaves_nothing_behind(small_config, digits
     assert not (tmp_path / "run").exists()
 
 
+def test_compiling_without_a_compiler_is_refused_at_once(small_config, digits_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match=r"C\+\+ compiler on a CPU, .*: install one"):
+        train(small_config(digits_folder, tmp_path / "run", speed="compiled", hardware=Hardware(accelerator="cpu")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_that_cannot_be_written_is_named(small_config, digits_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match="cannot write there"):

@@ -1,6 +1,7 @@
 """Train or fine-tune a classifier: from one configuration to a run folder."""
 
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -244,6 +245,7 @@ def _train(
     lightning.seed_everything(config.seed, verbose=False)
     loggers = make_loggers(folder, wandb=config.wandb, goes_on=goes_on)
     trainer = _make_trainer(config, folder, callbacks, loggers)
+    _check_compiler(config, trainer)
     mixes = config.mixing.mixes
     plan = plan_batch(config.global_batch, trainer.world_size, max_per_device=config.max_batch_per_device, even=mixes)
     data = data or _make_data(config, plan)
@@ -286,6 +288,20 @@ def _make_trainer(
         progress=config.progress,
         validate_every=config.validate_every,
     )
+
+
+def _check_compiler(config: TrainConfig, trainer: lightning.Trainer) -> None:
+    """Before anything is written: the network is compiled in the first step only."""
+    if config.speed != "compiled" or trainer.strategy.root_device.type != "cpu":
+        return
+    from torch._inductor.config import cpp  # slow to import
+
+    names = [name for name in cpp.cxx if name]
+    if not any(map(shutil.which, names)):
+        raise UsageError(
+            f"speed compiled needs a C++ compiler on a CPU, and there is no {' or '.join(names)}: install one "
+            "(CXX names another), or set speed eager"
+        )
 
 
 def _own_callbacks(
