@@ -12,11 +12,9 @@ import resource, torch
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
-for _ in range(3):
-    torch.ones(2**25)
 before = pages()
-for _ in range(5):
-    torch.ones(2**25)
+for _ in range(20):
+    torch.ones(2**24)
 print(pages() - before)
 """
 KEEP = "from replknet._host_memory import keep_freed_memory; assert keep_freed_memory()"
@@ -24,7 +22,7 @@ OPTIMIZE = "import replknet; replknet.optimize(torch.nn.Conv2d(3, 3, 1), {mode!r
 
 
 def new_pages(setting: str) -> int:
-    """Pages that five tensors of 128 MiB, one after the other, took of the system."""
+    """Pages that twenty tensors of 64 MiB, one after the other, took of the system."""
     command = [sys.executable, "-c", COUNT.format(setting=setting)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -33,7 +31,7 @@ def new_pages(setting: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
 def test_training_on_a_cpu_keeps_freed_memory():
-    assert new_pages(KEEP) < 100
-    assert new_pages(OPTIMIZE.format(mode="training")) < 100
-    # Pages may be large ones; several for each tensor all the same.
-    assert new_pages(OPTIMIZE.format(mode="inference")) > 300
+    given_back = new_pages(OPTIMIZE.format(mode="inference"))
+    # Small objects come to lie in the hole that a tensor left: the next one then takes another, but not every one does.
+    assert new_pages(KEEP) < given_back / 4
+    assert new_pages(OPTIMIZE.format(mode="training")) < given_back / 4
