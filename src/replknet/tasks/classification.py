@@ -1,6 +1,7 @@
 """Image classification as a LightningModule: the model, its loss, its optimizer, its averaged weights."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -179,7 +180,7 @@ class Classification(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         # A compiled model would be compiled again, for its evaluation mode and for the last batch, which is smaller.
-        with torch.compiler.set_stance("force_eager" if self.speed == "compiled" else "default"):
+        with torch.compiler.set_stance("force_eager") if self.speed == "compiled" else nullcontext():
             self._counts["val"] += count_correct(self.model(images), labels)
         if self.ema is not None:
             self._counts["val_ema"] += count_correct(self.ema(images), labels)
