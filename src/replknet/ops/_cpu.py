@@ -81,6 +81,9 @@ def parts_of(shape: Sequence[int], dtype: torch.dtype) -> int:
     Args:
         shape: of x.
         dtype: of the copies.
+
+    Returns:
+        1 to N, so that no part is less than an image; 0 without images.
     """
     images = math.prod(shape) * dtype.itemsize / (_PART * torch.get_num_threads())
     return min(shape[0], math.ceil(images))
