@@ -144,6 +144,7 @@ class Forward:
         self.set_rows, self.set_tasks = (2 * mt, 2) if self.gr == 1 else (self.gr * mt, 1)
         self.pitch = (columns.inputs | 1 if ni < 8 else columns.inputs) * 16
         self.zero = round_up(columns.inputs * 16, 128)
+        self.span = self.set_rows * columns.outputs * 16 + 16
         self.table = Table(kh, kw, self.low, self.high)
         self.table_bytes = round_up(2 * self.table.copy, 128)
         self.img, self.off = (LANE & 15) % ni, (LANE & 15) // ni + (LANE >> 4)
@@ -152,6 +153,14 @@ class Forward:
         few = mt != 2 or (self.window and columns.inputs < 7)
         # A division in C++ goes towards zero.
         self.ahead = 1 if few else max(1, min(columns.inputs, int(spare / 4) - 1))
+
+    def narrow(self, dtype, vector):
+        """dtype and vector as in the template."""
+        return dtype < 2 and self.columns.inputs <= 2 and vector == 2
+
+    def staging(self, dtype, vector):
+        """Bytes of a consumer warp's spans."""
+        return self.ni * self.span if self.narrow(dtype, vector) and self.gr > 1 else 0
 
     def fragments(self, memory, table, e):
         b = np.zeros((self.nd, 2, 32, 2))
@@ -215,17 +224,74 @@ def load_rows(memory, to, images, row0, n_rows, left, stride, pitch, blocks):
             memory[at : at + blocks * 8] = line
 
 
-class Result:
+def load_spans(memory, to, x, base, images, n_rows, step, width, stride, pitch, producers, at_once):
+    """Loader::spans: x is flat, its first element at a multiple of 16 bytes; the first row begins at `base`."""
+    elements, many = n_rows * width, images >= producers
+    image_step = producers if many else 2
+
+    def put(image, e, value):
+        place = (to + image * stride + e // width * pitch) // 2 + e % width
+        assert np.isnan(memory[place]), "an element that is written twice, or a column past the last"
+        memory[place] = value
+
+    for warp in range(producers):
+        for start in range(warp, warp + 1) if many else range(min(images, 2)):
+            for first in range(0 if many else warp * 64, elements + 1, 64 if many else producers * 64):
+                odd = (base + start * step) & 1
+                for im in range(start, images, at_once * image_step):
+                    for b, lane in itertools.product(range(at_once), range(32)):
+                        image, e = im + b * image_step, first + 2 * lane - odd
+                        if e >= 0 and e + 1 < elements and image < images:
+                            at = base + image * step + e
+                            assert at % 2 == 0, "a word that is not aligned"
+                            put(image, e, x[at])
+                            put(image, e + 1, x[at + 1])
+                    for lane in range(at_once if first == 0 else 0):
+                        mine = im + lane * image_step
+                        if mine < images and odd:
+                            put(mine, 0, x[base + mine * step])
+                        if mine < images and (elements - odd) & 1:
+                            put(mine, elements - 1, x[base + mine * step + elements - 1])
+
+
+class Array:
+    """[N, C, H, W] in memory, so many elements behind an aligned one; planes by image or by channel."""
+
+    def __init__(self, shape, start=0, *, by_channel=False):
+        (n, c, h, self.width), self.shape, self.start = shape, shape, start
+        self.strides = (h * self.width, n * h * self.width) if by_channel else (c * h * self.width, h * self.width)
+        self.flat: np.ndarray = np.full(start + math.prod(shape), np.nan)
+
+    def at(self, n, c, h):
+        """Where a row begins."""
+        return self.start + n * self.strides[0] + c * self.strides[1] + h * self.width
+
+    def planes(self, flat):
+        """A flat array of as many elements, as [N, C, H, W]."""
+        strides = (*self.strides, self.width, 1)
+        return np.lib.stride_tricks.as_strided(flat[self.start :], self.shape, [s * flat.itemsize for s in strides])
+
+
+class Result(Array):
     """y in global memory: every element is written once."""
 
-    def __init__(self, shape):
-        self.y: np.ndarray = np.full(shape, np.nan)
-        self.writes: np.ndarray = np.zeros(shape, int)
+    def __init__(self, shape, start=0, *, by_channel=False):
+        super().__init__(shape, start, by_channel=by_channel)
+        self.writes: np.ndarray = np.zeros(len(self.flat), int)
 
     def write(self, n, c, h, w, values):
-        assert w + len(values) <= self.y.shape[3], "a store past the end of a row"
-        self.y[n, c, h, w : w + len(values)] = values
-        self.writes[n, c, h, w : w + len(values)] += 1
+        assert w + len(values) <= self.width, "a store past the end of a row"
+        self.put(self.at(n, c, h) + w, values)
+
+    def put(self, at, values):
+        assert at % len(values) == 0, "a store that is not aligned"
+        self.flat[at : at + len(values)] = values
+        self.writes[at : at + len(values)] += 1
+
+    def y(self):
+        assert (self.planes(self.writes) == 1).all()
+        assert (self.writes[: self.start] == 0).all()
+        return self.planes(self.flat)
 
 
 def exchange(a, b):
@@ -238,7 +304,7 @@ def exchange(a, b):
 
 
 def store_half(k, out, acc, half, item, store, h0, group):
-    n_images, _, _, width = out.y.shape
+    n_images, _, _, width = out.shape
     outputs, left = k.columns.outputs, width - item["col0"]
     m = G + 8 * half
     n, h1 = item["n0"] + group * k.ni + m % k.ni, h0 + m // k.ni
@@ -260,6 +326,35 @@ def store_half(k, out, acc, half, item, store, h0, group):
                         out.write(n[lane], item["c"], h1[lane] + k.ts * t, col, values)
 
 
+def store_spans(k, memory, buffer, out, acc, item, h0, group):
+    """In elements."""
+    (n_images, _, _, width), (outputs, span) = out.shape, (k.columns.outputs, k.span // 2)
+    n0, rows = item["n0"] + group * k.ni, min(k.set_rows, item["row0"] + item["rows"] - h0)
+    first, step, size = out.at(n0, item["c"], h0), out.strides[0], rows * width
+    memory[buffer : buffer + k.ni * span] = np.nan
+    for half in range(2):
+        m = G + 8 * half
+        image = m % k.ni
+        to = buffer + image * span + ((first + image * step) & 1) + m // k.ni * width + 2 * Q
+        for t, j in itertools.product(range(k.mt), range(outputs)):
+            v, at, col = acc[t, j, 2 * half : 2 * half + 2].T, to + k.ts * width * t + 8 * j, 8 * j + 2 * Q
+            for lane, p in itertools.product(range(32), range(2)):
+                if j + 1 < outputs or col[lane] + p < width:
+                    place = at[lane] + p
+                    assert image[lane] * span <= place - buffer < (image[lane] + 1) * span
+                    assert np.isnan(memory[place]), "an element that is written twice"
+                    memory[place] = v[lane, p]
+    end = size + ((first | step) & 1)
+    for i, k0 in itertools.product(range(min(k.ni, n_images - n0)), range(0, end, 2)):
+        at = k0 - ((first + i * step) & 1)
+        assert k0 + 2 <= span
+        v = memory[buffer + i * span + k0 : buffer + i * span + k0 + 2]
+        if at >= 0 and at + 2 <= size:
+            out.put(first + i * step + at, v)
+        elif at < size:
+            out.put(first + i * step + max(at, 0), v[1:] if at < 0 else v[:1])
+
+
 def decode(item, k, plan, shape):
     n_groups, n_rows = math.ceil(shape.n / plan.item_images), math.ceil(shape.h / plan.item_rows)
     n_cols = math.ceil(shape.w / (k.columns.outputs * 8))
@@ -272,11 +367,11 @@ def decode(item, k, plan, shape):
     return rest | {"row0": row0, "rows": rows, "x0": x0, "x_rows": x_rows, "col0": col0}
 
 
-def forward_tasks(k, memory, out, item, shape, xs, table, stride, item_images, store, warps, rng):
-    """Warps of a block take tasks from the item's counter, in an order of chance."""
+def forward_tasks(k, memory, out, item, shape, xs, table, stride, item_images, store, warps, staging, rng):
+    """Warps of a block take tasks from the item's counter, in an order of chance; they may lay results out."""
     sets = math.ceil(item["rows"] / k.set_rows) * k.set_tasks
     groups = math.ceil(min(item_images, shape.n - item["n0"]) / k.ni)
-    counter, states = 0, [[0, 0, 0] for _ in range(warps)]  # group, set, taken
+    counter, states = 0, [[0, 0, 0, warp] for warp in range(warps)]  # group, set, taken, warp
     while states:
         state = rng.choice(states)
         state[1] += counter - state[2]
@@ -292,41 +387,65 @@ def forward_tasks(k, memory, out, item, shape, xs, table, stride, item_images, s
         at = xs + (k.img + state[0] * k.ni) * stride
         rows = StageRows(at, h0 + k.off + e0 - k.p - item["x0"], item["x_rows"], 0, k.pitch)
         k.accumulate(memory, acc, rows, table, e0, e1, k.mt)
+        if staging is not None:
+            buffer = (staging + state[3] * k.ni * k.span) // 2
+            store_spans(k, memory, buffer, out, acc, item, h0, state[0])
+            continue
         for half in range(2):
             store_half(k, out, acc, half, item, store, h0, state[0])
 
 
-def forward_nchw(x, weight, plan, shape, tile, *, flip=False):
+def forward_nchw(x, weight, plan, shape, tile, *, flip=False, start=0, by_channel=False):
+    """start, by_channel: where x and y lie in memory, as of an `Array`."""
     columns, rng = columns_of(shape.w, shape.kw), random.Random(0)
     warps = tile.warps + tile.producers
     k = Forward(shape.kh, shape.kw, columns, tile.images, tile.tiles, warps, tile.blocks)
-    out = Result(x.shape)
-    assert plan.launch.shared_bytes == _plan.HEAD + k.zero + tile.stages * (
-        k.table_bytes + plan.stride * plan.item_images
-    )
-    store = int(plan.launch.expression.split(", ")[10])
+    out, given = (kind(x.shape, start, by_channel=by_channel) for kind in (Result, Array))
+    given.planes(given.flat)[:] = x
+    stages = k.zero + tile.stages * k.table_bytes
+    staging = stages + tile.stages * plan.stride * plan.item_images
+    vector, store = (int(value) for value in plan.launch.expression.split(", ")[9:11])
+    assert plan.launch.shared_bytes == _plan.HEAD + staging + tile.warps * k.staging(0, vector)
+    spans = k.narrow(0, vector)
     per_channel = columns.tiles * math.ceil(shape.h / plan.item_rows) * math.ceil(shape.n / plan.item_images)
     items, blocks = per_channel * shape.c, plan.launch.grid[0]
     for block in range(blocks):
-        memory = np.full(plan.launch.shared_bytes // 2, np.nan)
+        memory = np.full((plan.launch.shared_bytes - _plan.HEAD) // 2, np.nan)
         memory[: k.zero // 2] = 0
+        if spans:
+            memory[stages // 2 : staging // 2] = 0
         first = items * block // blocks
         for count, number in enumerate(range(first, items * (block + 1) // blocks)):
             s, item = count % tile.stages, decode(number, k, plan, shape)
             table = k.zero + s * k.table_bytes
-            xs = k.zero + tile.stages * k.table_bytes + s * plan.stride * plan.item_images
-            memory[xs // 2 : (xs + plan.stride * plan.item_images) // 2] = np.nan
-            images = x[item["n0"] : item["n0"] + plan.item_images, item["c"]]
-            left = item["col0"] - 8 * columns.offset
-            load_rows(memory, xs, images, item["x0"], item["x_rows"], left, plan.stride, k.pitch, columns.inputs)
+            xs = stages + s * plan.stride * plan.item_images
+            images, left = min(plan.item_images, shape.n - item["n0"]), item["col0"] - 8 * columns.offset
+            if spans:
+                forget_rows(memory, xs, plan, shape, k.pitch)
+                load_spans(
+                    memory, xs, given.flat, given.at(item["n0"], item["c"], item["x0"]), images, item["x_rows"],
+                    given.strides[0], shape.w, plan.stride, k.pitch, tile.producers, 8 if k.registers < 80 else 16,
+                )  # fmt: skip
+            else:
+                memory[xs // 2 : (xs + plan.stride * plan.item_images) // 2] = np.nan
+                planes = x[item["n0"] : item["n0"] + images, item["c"]]
+                load_rows(memory, xs, planes, item["x0"], item["x_rows"], left, plan.stride, k.pitch, columns.inputs)
             if count < tile.stages or (number - tile.stages) // per_channel != item["c"]:
                 k.table.build(memory, table, weight[item["c"]], flip, tile.producers * 32)
             at = table + k.table.lane_offset()
             forward_tasks(
-                k, memory, out, item, shape, xs, at, plan.stride, plan.item_images, store, min(tile.warps, 3), rng
-            )
-    assert (out.writes == 1).all()
-    return out.y
+                k, memory, out, item, shape, xs, at, plan.stride, plan.item_images, store, min(tile.warps, 3),
+                staging if k.staging(0, vector) else None, rng,
+            )  # fmt: skip
+    return out.y()
+
+
+def forget_rows(memory, xs, plan, shape, pitch):
+    """NaN in the place of a stage's rows, but for the columns past the last."""
+    for image in range(plan.item_images):
+        at = (xs + image * plan.stride) // 2
+        for row in range(plan.stride // pitch):
+            memory[at + row * pitch // 2 : at + row * pitch // 2 + shape.w] = np.nan
 
 
 # ---- weight_grad.cu

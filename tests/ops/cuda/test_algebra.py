@@ -3,6 +3,7 @@
 `simulation` is the module beside this one.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -52,8 +53,9 @@ class Case:
     def __str__(self):
         return f"{self.n},{self.c},{self.h}x{self.w},{self.kh}x{self.kw}"
 
-    def shape(self):
-        align = 2 * self.w & -2 * self.w
+    def shape(self, start=0):
+        """start: elements of 16 bits between an aligned address and x and y."""
+        align = (2 * self.w | 2 * start) & -(2 * self.w | 2 * start)
         return Shape(self.n, self.c, self.h, self.w, self.kh, self.kw, torch.float16, 1, min(16, align))
 
     def arrays(self, seed=0):
@@ -84,13 +86,13 @@ def close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1.0, np.abs(expected).max()))
 
 
-def run_forward(simulation, case, tile=None, *, flip=False):
+def run_forward(simulation, case, tile=None, *, flip=False, start=0, by_channel=False):
     x, _, weight = case.arrays()
-    shape = case.shape()
+    shape = case.shape(start)
     tile = tile or _plan.default_forward_tile(shape, GPU)
     plan = _plan.forward_plan(shape, GPU, tile)
     close(
-        simulation.forward_nchw(x, weight, plan, shape, tile, flip=flip),
+        simulation.forward_nchw(x, weight, plan, shape, tile, flip=flip, start=start, by_channel=by_channel),
         convolution(x, weight[:, ::-1, ::-1] if flip else weight),
     )
 
@@ -118,6 +120,22 @@ def test_input_gradient_is_the_forward_with_the_weight_turned(simulation, case):
 def test_forward_for_every_cut_of_lanes_and_tiles(simulation, images, tiles):
     tile = ForwardTile(images, tiles, groups=2, warps=3, producers=2, stages=2, blocks=1)
     run_forward(simulation, Case(5, 2, 11, 13, 7, 9), tile)
+
+
+@pytest.mark.parametrize("width", [*range(1, 17)])
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_narrow_maps_wherever_their_rows_begin(simulation, width, by_channel):
+    """x and y at odd elements too, in [N, C, H, W] and [C, N, H, W]; an odd number of images, the last group ragged."""
+    for start, (n, h) in itertools.product((0, 1, 3), ((9, 5), (3, 10))):
+        run_forward(simulation, Case(n, 2, h, width, 3, 5), start=start, by_channel=by_channel)
+
+
+@pytest.mark.parametrize("images", [8, 4, 2, 1])
+@pytest.mark.parametrize("tiles", [1, 2, 7])
+@pytest.mark.parametrize(("width", "start"), [(7, 0), (7, 1), (13, 0), (13, 1), (14, 1), (16, 1)])
+def test_spans_of_every_cut_of_lanes_and_tiles(simulation, images, tiles, width, start):
+    tile = ForwardTile(images, tiles, groups=2, warps=3, producers=2, stages=2, blocks=1)
+    run_forward(simulation, Case(11, 1, 15, width, 5, 3), tile, start=start)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -151,7 +169,9 @@ def test_random_problems(simulation, seed):
         rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 24), rng.choice([rng.randint(1, 40), rng.randint(65, 90)]),
         rng.randrange(1, 22, 2), rng.randrange(1, 40, 2),
     )  # fmt: skip
-    run_forward(simulation, case, flip=seed % 2 == 1)
+    narrow = case.w <= 16
+    start, by_channel = (rng.choice((0, 1, 3, 5)), rng.random() < 0.5) if narrow else (0, False)
+    run_forward(simulation, case, flip=seed % 2 == 1, start=start, by_channel=by_channel)
     run_weight_grad(simulation, case)
 
 

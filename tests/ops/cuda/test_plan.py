@@ -128,12 +128,22 @@ def test_copies_are_as_wide_as_the_alignment_allows(problem):
 @many
 @given(problems(("forward",)))
 def test_forward_buffers_fit_shared_memory(simulation, problem):
-    _, _, plan = problem
+    shape, _, plan = problem
     t = template(plan)
     k = forward(simulation, t)
-    stage = k.table_bytes + t["np"] * plan.stride * plan.item_images
-    assert _plan.HEAD + k.zero + t["stages"] * stage <= plan.launch.shared_bytes
+    table = _plan.round_up(t["np"] * 2 * k.table.copy, 128)
+    stage = table + t["np"] * plan.stride * plan.item_images
+    assert (
+        _plan.HEAD + k.zero + t["stages"] * stage + t["warps"] * k.staging(t["dt"], t["v"]) == plan.launch.shared_bytes
+    )
     assert plan.launch.block >= k.zero // 4, "a thread clears one word of the row of zeros"
+    if k.staging(t["dt"], t["v"]):
+        assert t["cbo"] == t["cbi"]
+        assert t["off"] == 0, "a task has whole rows"
+        # All rows of a task, behind the bytes that a span begins after a word.
+        assert k.span >= k.set_rows * shape.w * 2 + 2
+        assert k.span % 16 == 0
+        assert k.ni < 8 or k.span // 16 % 2 == 1, "eight images, four words of each, meet in no bank"
 
 
 @many
@@ -457,7 +467,8 @@ def forward_constants(k, t) -> dict[str, int]:
         "LO": low, "HI": high, "ND": k.nd, "P": k.p, "KHP": k.khp, "GR": k.gr, "TS": k.ts, "SET_ROWS": k.set_rows,
         "SET_TASKS": k.set_tasks, "PITCH": pitch, "ZERO": _plan.round_up(t["cbi"] * 16, 128), "HEAD": _plan.HEAD,
         "TABLE": _plan.table_bytes(t["kh"], t["kw"], columns(t), t["np"]), "WINDOW": int(k.window),
-        "REGISTERS": k.registers, "AHEAD": k.ahead,
+        "REGISTERS": k.registers, "AHEAD": k.ahead, "NARROW": int(k.narrow(t["dt"], t["v"])),
+        "STAGING": k.staging(t["dt"], t["v"]), "SPAN": k.span,
         "T::OFFSET": k.table.offset, "T::NU": k.table.nu, "T::COPY": k.table.copy, "T::PLANE": 2 * k.table.copy,
     }  # fmt: skip
 
@@ -522,7 +533,7 @@ def probe(simulation, plan, number: int) -> str:
     fixed = {"v": 2, "sv": 1, "warps": 8, "prod": t["prod"] if "mt" in t else 1, "stages": 1}
     values = t | fixed if "loaders" in t else t
     arguments = ", ".join(str(values[name]) for name in names.split())
-    checked = {f"{kind}<{arguments}>": constants(k, t)}
+    checked = {f"{kind}<{arguments}>": constants(k, values)}
     if "loaders" in t:
         checked |= units_constants(simulation, plan, t)
     lines = []

@@ -179,13 +179,25 @@ def copy_width(shape: Shape) -> int:
     return 2 if shape.dtype == torch.float32 else max(2, min(16, shape.align))
 
 
+def is_narrow(shape: Shape, columns: Columns) -> bool:
+    """Whether rows are so short, and begin so unevenly, that they are loaded and stored as spans of many."""
+    return shape.dtype != torch.float32 and columns.inputs <= 2 and copy_width(shape) == 2
+
+
+def staging_bytes(shape: Shape, columns: Columns, tile: ForwardTile) -> int:
+    """Shared memory in which a consumer warp lays out a task's results as they lie in y; 0 where it does not."""
+    rows = 16 // tile.images
+    if not is_narrow(shape, columns) or rows == 1:
+        return 0
+    return tile.images * (rows * tile.tiles * columns.outputs * 16 + 16)
+
+
 def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> ForwardPlan:
     """The launch for one forward convolution or input gradient."""
     tile = tile or default_forward_tile(shape, gpu)
     columns, images = columns_of(shape.w, shape.kw), tile.images * tile.groups
     rows = _item_rows(shape, gpu, tile, columns)
-    stage, stride = _forward_stage(shape, columns, tile, rows)
-    zero = round_up(columns.inputs * 16, 128)
+    _, stride = _forward_stage(shape, columns, tile, rows)
     width = copy_width(shape)
     store = 1 if shape.w % 2 else 4 if shape.dtype != torch.float32 and shape.w % 4 == 0 else 2
     template = (
@@ -198,7 +210,7 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
         f"forward_nchw<{', '.join(map(str, template))}>",
         (min(items, gpu.multiprocessors * tile.blocks), 1, 1),
         (tile.warps + tile.producers) * 32,
-        HEAD + zero + tile.stages * stage,
+        _forward_shared(shape, columns, tile, rows),
     )
     return ForwardPlan(launch, images, rows, stride)
 
@@ -211,14 +223,17 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
     """
     columns, most = columns_of(shape.w, shape.kw), min(16, 1 << (shape.n - 1).bit_length())
     wide_band = band(shape.kw) > 2 and columns.offset
+    narrow = is_narrow(shape, columns)
     if columns.inputs == 1:
-        tiles, settings = 4, [(4, 4, 2, 3), (4, 4, 1, 1)]
+        tiles, settings = 4, [(2, 2, 1, 8) if narrow else (4, 4, 2, 3), (4, 4, 1, 1)]
     elif columns.inputs == 2:
         tiles, settings = 4, [(4, 4, 3, 2), (4, 4, 1, 1)]
     else:
         tiles, settings = 1 if shape.kh <= 8 or wide_band else 2, [(12, 4, 2, 1), (12, 4, 1, 1)]
+    # Of 16 images a tile has one row each: the rows of a task would not follow each other, and could not be staged.
+    sizes = (8, 4, 2, 1) if narrow else (16, 8, 4, 2, 1)
     for warps, producers, stages, blocks in settings:
-        for images in (size for size in (16, 8, 4, 2, 1) if size <= most):
+        for images in (size for size in sizes if size <= most):
             for groups in _groups(shape, images) if columns.inputs <= 2 else (1,):
                 tile = ForwardTile(images, tiles, groups, warps, producers, stages, blocks)
                 if images == 1 or _forward_fits(shape, gpu, tile, columns, shape.h):
@@ -238,9 +253,9 @@ def forward_tiles(shape: Shape, gpu: Gpu) -> tuple[ForwardTile, ...]:
     low, high = deltas(shape.kw, columns)
 
     def fits(tile: ForwardTile) -> bool:
-        # As the kernel estimates it where it decides how far to load ahead.
+        # As the kernel estimates it where it decides how far to load ahead; narrow maps need fewer addresses.
         fragments = (2 if tile.images >= 8 else 4) * (high - low + 1)
-        registers = 44 + tile.tiles * (4 * columns.outputs + fragments)
+        registers = (40 if is_narrow(shape, columns) else 44) + tile.tiles * (4 * columns.outputs + fragments)
         return feasible(forward_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
 
     return offered(default, _forward_variations(shape, columns, default), fits)
@@ -257,6 +272,8 @@ def _forward_variations(shape: Shape, columns: Columns, default: ForwardTile) ->
             if groups in _groups(shape, default.images):
                 yield replace(default, groups=groups)
         settings = (4, 4, 2, 3), (4, 4, 3, 2), (8, 4, 2, 2), (4, 2, 2, 4), (4, 4, 1, 4), (8, 4, 3, 1)
+        if is_narrow(shape, columns) and columns.inputs == 1:
+            settings = (2, 2, 2, 8), (4, 4, 2, 4), *settings
     else:
         settings = (8, 4, 2, 1), (12, 4, 1, 1), (8, 4, 3, 1), (4, 4, 1, 2), (8, 8, 2, 1), (12, 4, 2, 1), (4, 4, 2, 1)
     for warps, producers, stages, blocks in settings:
@@ -290,7 +307,7 @@ def _spread(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> Forw
     )
     if tasks >= 8 * gpu.multiprocessors:
         return tile
-    return ForwardTile(tile.images, 1, 1, min(4, tile.warps), 4, tile.stages, tile.blocks)
+    return ForwardTile(tile.images, 1, 1, min(4, tile.warps), min(4, tile.producers), tile.stages, tile.blocks)
 
 
 def _groups(shape: Shape, images: int) -> tuple[int, ...]:
@@ -328,8 +345,13 @@ def _item_rows(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns) -> i
 
 
 def _forward_fits(shape: Shape, gpu: Gpu, tile: ForwardTile, columns: Columns, rows: int) -> bool:
+    return _forward_shared(shape, columns, tile, rows) <= budget(gpu, tile.blocks)
+
+
+def _forward_shared(shape: Shape, columns: Columns, tile: ForwardTile, rows: int) -> int:
     stage, _ = _forward_stage(shape, columns, tile, rows)
-    return HEAD + round_up(columns.inputs * 16, 128) + tile.stages * stage <= budget(gpu, tile.blocks)
+    staging = tile.warps * staging_bytes(shape, columns, tile)
+    return HEAD + round_up(columns.inputs * 16, 128) + tile.stages * stage + staging
 
 
 def _forward_stage(shape: Shape, columns: Columns, tile: ForwardTile, rows: int) -> tuple[int, int]:

@@ -54,13 +54,18 @@ template <int DT> __device__ __forceinline__ float load_float(const void* p, i64
   else return to_float<DT>(__ldg((const u16*)p + i));
 }
 
-__device__ __forceinline__ void touch(const void* p) {
-  u16 v;
-  asm volatile("ld.global.ca.u16 %0, [%1];" : "=h"(v) : "l"(p));
+// An element of BYTES bytes, or 0. Volatile reads stay in their order, and before the next __syncwarp; others the compiler puts
+// off until they are used.
+template <int BYTES> __device__ __forceinline__ u32 load_volatile(const void* p, bool ok) {
+  u32 v;
+  if constexpr (BYTES == 4) asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }" : "=r"(v) : "l"(p), "r"((u32)ok));
+  else asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.u16 %0, [%1]; }" : "=r"(v) : "l"(p), "r"((u32)ok));
+  return v;
 }
 
 // ---- shared memory
 __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void sts16(u32 a, u32 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"((u16)v) : "memory"); }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 __device__ __forceinline__ void sts64(u32 a, u32 v, u32 w) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(v), "r"(w) : "memory"); }
 __device__ __forceinline__ u32 lds32(u32 a) {
@@ -154,46 +159,61 @@ template <int KH, int KW, int LO, int HI> struct Table {
 
   // Written by THREADS threads. weight points at the channel's KH x KW taps; flip turns them by 180 degrees.
   template <int DT, int NP, int THREADS> static __device__ __forceinline__ void build(u32 table, const u8* weight, bool flip, int tid) {
-    // One element of every sector first, so that the reads below wait for memory once.
-    for (int e = tid; e * 16 < KH * KW; e += THREADS) touch(weight + (i64)e * (DT == F32 ? 64 : 32));
     if (flip) fill<DT, NP, THREADS, true>(table, weight, tid);
     else fill<DT, NP, THREADS, false>(table, weight, tid);
   }
-  // A thread has the words of one t, and of t + LANES and so on, of every LINES-th row pair. Where t or t + 1 lies outside the
-  // kernel row, the nearest tap is read and masked; a thread without a row pair reads the last, and writes nothing.
   template <int DT, int NP, int THREADS, bool TURNED> static __device__ __forceinline__ void fill(u32 table, const u8* weight, int tid) {
-    constexpr int LANES = 2 * NU > 16 ? 32 : 2 * NU > 8 ? 16 : 8, LINES = THREADS / LANES, COUNT = cdiv(KQ, LINES), U = cmin(COUNT, 8);
-    constexpr int SIZE = DT == F32 ? 4 : 2, ROW = TURNED ? -KW * SIZE : KW * SIZE;
+    using W = Words<DT, NP, THREADS>;
 #pragma unroll 1
-    for (int t = tid % LANES; t < 2 * NU; t += LANES) {
-      const int kx = t - OFFSET, lo = min(max(kx, 0), KW - 1), hi = min(max(kx + 1, 0), KW - 1), line = tid / LANES;
-      const u32 mask = ((unsigned)kx < (unsigned)KW ? 0xffffu : 0) | ((unsigned)(kx + 1) < (unsigned)KW ? 0xffff0000u : 0);
-      const u8 *left = weight + (TURNED ? KH * KW - 1 - lo : lo) * SIZE, *right = weight + (TURNED ? KH * KW - 1 - hi : hi) * SIZE;
-      // Hides the pointers' origin: every read below is then at a constant from one of them.
-      asm("" : "+l"(left), "+l"(right));
-      const u32 to = table + (t & 1) * COPY + (t >> 1) * 8;
+    for (int t = tid % W::LANES; t < 2 * NU; t += W::LANES) {
+      W words(table, weight, TURNED, t, tid);
 #pragma unroll
-      for (int q0 = 0; q0 < COUNT; q0 += U) {
-        Pair<DT> even[U], odd[U];
-#pragma unroll
-        for (int k = 0; k < U; k++) {
-          const int last = (q0 + k) * LINES + LINES - 1, own = (q0 + k) * LINES + line, q = last < KQ ? own : min(own, KQ - 1);
-          const u8 *a = left + q * (2 * ROW), *b = right + q * (2 * ROW);
-          even[k] = Pair<DT>::load(a, b, true), odd[k] = Pair<DT>::load(a + ROW, b + ROW, 2 * last + 1 < KH || 2 * q + 1 < KH);
-        }
-#pragma unroll
-        for (int k = 0; k < U; k++) {
-          const int q = (q0 + k) * LINES + line;
-          if ((q0 + k) * LINES + LINES <= KQ || q < KQ)
-#pragma unroll
-            for (int p = 0; p < NP; p++) {
-              const u32 word = even[k].next_plane() & mask;
-              sts64(to + q * (NU * 8) + p * PLANE, word, odd[k].next_plane() & mask);
-            }
-        }
-      }
+      for (int q0 = 0; q0 < W::COUNT; q0 += W::U) words.template load<TURNED>(q0), words.store(q0);
     }
   }
+  // A thread has the words of one t, and of t + LANES and so on, of every LINES-th row pair, U of them at once. Where t or t + 1
+  // lies outside the kernel row, the nearest tap is read and masked; a thread without a row pair reads the last, and writes nothing.
+  template <int DT, int NP, int THREADS> struct Words {
+    static constexpr int LANES = 2 * NU > 16 ? 32 : 2 * NU > 8 ? 16 : 8, LINES = THREADS / LANES, COUNT = cdiv(KQ, LINES), U = cmin(COUNT, 8);
+    static constexpr int SIZE = DT == F32 ? 4 : 2;
+    // All words of a thread are read at once.
+    static constexpr bool ONCE = 2 * NU <= LANES && COUNT == U;
+    const u8 *left, *right;
+    u32 to, mask;
+    int line;
+    Pair<DT> even[U], odd[U];
+
+    __device__ __forceinline__ Words(u32 table, const u8* weight, bool turned, int t, int tid) {
+      const int kx = t - OFFSET, lo = min(max(kx, 0), KW - 1), hi = min(max(kx + 1, 0), KW - 1);
+      line = tid / LANES;
+      mask = ((unsigned)kx < (unsigned)KW ? 0xffffu : 0) | ((unsigned)(kx + 1) < (unsigned)KW ? 0xffff0000u : 0);
+      left = weight + (turned ? KH * KW - 1 - lo : lo) * SIZE, right = weight + (turned ? KH * KW - 1 - hi : hi) * SIZE;
+      // Hides the pointers' origin: every read below is then at a constant from one of them.
+      asm("" : "+l"(left), "+l"(right));
+      to = table + (t & 1) * COPY + (t >> 1) * 8;
+    }
+    template <bool TURNED> __device__ __forceinline__ void load(int q0) {
+      constexpr int ROW = TURNED ? -KW * SIZE : KW * SIZE;
+#pragma unroll
+      for (int k = 0; k < U; k++) {
+        const int last = (q0 + k) * LINES + LINES - 1, own = (q0 + k) * LINES + line, q = last < KQ ? own : min(own, KQ - 1);
+        const u8 *a = left + q * (2 * ROW), *b = right + q * (2 * ROW);
+        even[k] = Pair<DT>::load(a, b, true), odd[k] = Pair<DT>::load(a + ROW, b + ROW, 2 * last + 1 < KH || 2 * q + 1 < KH);
+      }
+    }
+    __device__ __forceinline__ void store(int q0) {
+#pragma unroll
+      for (int k = 0; k < U; k++) {
+        const int q = (q0 + k) * LINES + line;
+        if ((q0 + k) * LINES + LINES <= KQ || q < KQ)
+#pragma unroll
+          for (int p = 0; p < NP; p++) {
+            const u32 word = even[k].next_plane() & mask;
+            sts64(to + q * (NU * 8) + p * PLANE, word, odd[k].next_plane() & mask);
+          }
+      }
+    }
+  };
   // This lane's offset of block LO of row pair 0; block d lies 32 (d - LO) bytes on, row pair q NU * 8 q bytes on.
   static __device__ __forceinline__ u32 lane_offset(int lane) {
     int t = 8 * LO + 2 * (lane & 3) - (lane >> 2) + P + OFFSET;
@@ -268,6 +288,37 @@ template <int DT, int NP, int CB, int PITCH, int V, int PROD> struct Loader {
 #pragma unroll
               for (int p = 0; p < NP; p++) sts32(to + image * stride + r * PITCH + (e % CH) * 4 + p * plane, v[b][k].next_plane());
           }
+      }
+  }
+  // Rows of W <= 8 CB columns of 16-bit elements, n_rows of every image, that follow each other in x: an image's are a span, read
+  // in aligned words wherever it begins. The columns past W stay as they are. A lane has the same word of AT_ONCE images, all on
+  // their way before the first is stored, and the ends of one image, where a word is not all the span's.
+  template <int AT_ONCE> static __device__ __forceinline__ void spans(u32 to, const u16* x, int images, int n_rows, i64 step, int W, int stride, int tid) {
+    static_assert(PROD % 2 == 0);
+    const int lane = tid & 31, warp = tid >> 5, elements = n_rows * W;
+    // A warp takes every second image at most, so that all of its spans begin with a word, or all within one.
+    const bool many = images >= PROD;
+    const int image_step = many ? PROD : 2;
+    for (int start = many ? warp : 0; start < (many ? warp + 1 : min(images, 2)); start++)
+      for (int first = many ? 0 : warp * 64; first <= elements; first += many ? 64 : PROD * 64) {
+        const int odd = (u32)(i64)(x + start * step) >> 1 & 1, e = first + 2 * lane - odd;
+        const bool whole = e >= 0 && e + 1 < elements;
+        const u16* from = x + start * step + e;
+        u32 lo = to + start * stride + e / W * PITCH + e % W * 2, hi = to + start * stride + (e + 1) / W * PITCH + (e + 1) % W * 2;
+        for (int im = start; im < images; im += AT_ONCE * image_step) {
+          u32 word[AT_ONCE];
+#pragma unroll
+          for (int b = 0; b < AT_ONCE; b++, from += image_step * step) word[b] = load_volatile<4>(from, whole && im + b * image_step < images);
+          const int mine = im + lane * image_step;
+          const bool ends = first == 0 && lane < AT_ONCE && mine < images, has_head = ends && odd, has_tail = ends && (elements - odd & 1);
+          const u32 head = load_volatile<2>(x + mine * step, has_head), tail = load_volatile<2>(x + mine * step + elements - 1, has_tail);
+          __syncwarp();
+#pragma unroll
+          for (int b = 0; b < AT_ONCE; b++, lo += image_step * stride, hi += image_step * stride)
+            if (whole && im + b * image_step < images) sts16(lo, word[b]), sts16(hi, word[b] >> 16);
+          if (has_head) sts16(to + mine * stride, head);
+          if (has_tail) sts16(to + mine * stride + (n_rows - 1) * PITCH + (W - 1) * 2, tail);
+        }
       }
   }
   // Zeros instead of images first .. last - 1.

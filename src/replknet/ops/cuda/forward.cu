@@ -23,11 +23,17 @@ struct Forward {
   static constexpr int PITCH = (NI < 8 ? (CBI | 1) : CBI) * 16, ZERO = cdiv(CBI * 16, 128) * 128;
   static constexpr int TABLE = cdiv(NP * T::PLANE, 128) * 128, HEAD = 256;
   static constexpr bool WINDOW = TS == 2;
+  // Narrow maps of 16-bit elements whose rows begin anywhere. Where a tile has two rows of an image or more, those of a task follow
+  // each other in y: each image's are a span. A consumer warp lays its spans out in shared memory, SPAN bytes apart (eight images
+  // never meet in a bank), and copies them to y in aligned words.
+  static constexpr bool NARROW = DT != F32 && CBI <= 2 && V == 2, STAGED = NARROW && GR > 1;
+  static constexpr int SPAN = SET_ROWS * CBO * 16 + 16, STAGING = STAGED ? NI * SPAN : 0;
   // Registers that a thread can have, and how many column blocks of x are loaded ahead in those that the products leave, where
   // a step has so many products that it pays.
   static constexpr int REGISTERS = cmin(255, 65536 / (32 * MINB * 4 * cdiv(WARPS + PROD, 4)));
   static constexpr int AHEAD = MT != 2 || (WINDOW && CBI < 7) ? 1 : cmax(1, cmin(CBI, (REGISTERS - 44 - MT * CBO * 4 - (WINDOW ? 2 : 4) * MT * ND) / 4 - 1));
   using Load = Loader<DT, NP, CBI, PITCH, V, PROD>;
+  using Words = typename T::template Words<DT, NP, PROD * 32>;
 
   struct Item { int c, col0, row0, rows, n0, x0, x_rows; };
 
@@ -43,6 +49,14 @@ struct Forward {
     it.x0 = max(0, it.row0 - P);
     it.x_rows = min(H, it.row0 + it.rows + P) - it.x0;
     return it;
+  }
+
+  static __device__ __forceinline__ void load_rows(u32 to, const void* x, const Item& it, int N, i64 xsn, i64 xsc, int W, int item_images, int stride, int plane, int tid) {
+    const i64 base = it.n0 * xsn + it.c * xsc;
+    const int images = min(item_images, N - it.n0);
+    // Where few registers are free, fewer images at once.
+    if constexpr (NARROW) Load::template spans<REGISTERS < 80 ? 8 : 16>(to, (const u16*)x + base + (i64)it.x0 * W, images, it.x_rows, xsn, W, stride, tid);
+    else Load::rows(to, x, base, images, it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W, stride, plane, tid);
   }
 
   static __device__ __forceinline__ void load_fragments(u32 (&b)[ND][2], u32 table, int e) {
@@ -183,6 +197,46 @@ struct Forward {
       }
     }
   }
+  // The same for a task whose results are staged at `buffer`. A span begins there as many bytes behind a word as in y.
+  static __device__ __forceinline__ void store_spans(void* y, u32 buffer, const Acc& acc, const Item& it, int N, i64 ysn, i64 ysc, int h0, int group, int lane,
+                                                     float bias, float floor, int W) {
+    const int n0 = it.n0 + group * NI, q = lane & 3, bytes = min(SET_ROWS, it.row0 + it.rows - h0) * W * 2;
+    const i64 step = 2 * ysn;
+    u8* const span = (u8*)((u16*)y + n0 * ysn + it.c * ysc + (i64)h0 * W);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int m = (lane >> 2) + 8 * half, image = m % NI;
+      u32 to = buffer + image * SPAN + ((u32)(i64)(span + image * step) & 2) + m / NI * W * 2 + q * 4;
+      // Rows past the last have room as well, and are not copied.
+#pragma unroll
+      for (int t = 0; t < MT; t++, to += TS * W * 2)
+#pragma unroll
+        for (int j = 0; j < CBO; j++) {
+          const u32 v = pack2<DT>(max_nan(acc[t][j][2 * half] + bias, floor), max_nan(acc[t][j][2 * half + 1] + bias, floor));
+          const int col = 8 * j + 2 * q;
+          if (j + 1 < CBO || col < W) sts16(to + j * 16, v);
+          if (j + 1 < CBO || col + 1 < W) sts16(to + j * 16 + 2, v >> 16);
+        }
+    }
+    __syncwarp();
+    const int images = N - n0, end = bytes + (((u32)(i64)span | (u32)step) & 2);
+#pragma unroll 1
+    for (int k = lane * 4; k < end; k += 32 * 4) {
+      u32 v[NI];
+#pragma unroll
+      for (int i = 0; i < NI; i++) v[i] = lds32(buffer + i * SPAN + k);
+#pragma unroll
+      for (int i = 0; i < NI; i++) {
+        u8* const image = span + i * step;
+        const int at = k - ((u32)(i64)image & 2);
+        if (i >= images) continue;
+        if (at >= 0 && at + 4 <= bytes) *(u32*)(image + at) = v[i];
+        // The second half of a word is the span's first element, or its first half the last.
+        else if (at < bytes) *(u16*)(image + max(at, 0)) = (u16)(v[i] >> (at < 0 ? 16 : 0));
+      }
+    }
+    __syncwarp();
+  }
 };
 
 // Arguments: x, weight [C, KH, KW] contiguous, bias [C] or null, y; sizes; strides of image and channel in elements (rows are W
@@ -199,6 +253,9 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
   int* counter = (int*)(smem + 128);
   const int plane = stride * item_images, stage_bytes = NP * plane;
   if (tid < K::ZERO / 4) ((u32*)(smem + K::HEAD))[tid] = 0;
+  // Nobody writes the columns past W.
+  if constexpr (K::NARROW)
+    for (int i = tid * 8; i < STAGES * stage_bytes; i += (WARPS + PROD) * 32 * 8) sts64(stages + i, 0, 0);
   if (tid == 0)
     for (int s = 0; s < STAGES; s++) bar_init(bars + s * 16, 2 * PROD * 32), warps_init(bars + s * 16 + 8, WARPS);
   __syncthreads();
@@ -212,12 +269,23 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
     for (int item = first, k = 0, s = 0, phase = 1; item < last; item++, k++) {
       const typename K::Item it = K::decode(item, n_groups, n_rows, n_cols, item_rows, item_images, H);
       const u32 full = bars + s * 16;
-      bar_wait(full + 8, phase);
-      if (t == 0) counter[s] = 0;
-      K::Load::rows(stages + s * stage_bytes, x, it.n0 * xsn + it.c * xsc, min(item_images, N - it.n0), it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W,
-                    stride, plane, t);
-      if (k < STAGES || (item - STAGES) / per_channel != it.c)
-        T::template build<DT, NP, PROD * 32>(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * (DT == F32 ? 4 : 2), flags & FLIP, t);
+      if constexpr (K::NARROW && K::Words::ONCE) {
+        // Small items take little longer than a read from memory: the taps are on their way before the rows.
+        const bool turned = flags & FLIP, same = k >= STAGES && (item - STAGES) / per_channel == it.c;
+        typename K::Words words(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * 2, turned, t % K::Words::LANES, t);
+        if (!same && turned) words.template load<true>(0);
+        if (!same && !turned) words.template load<false>(0);
+        bar_wait(full + 8, phase);
+        if (t == 0) counter[s] = 0;
+        K::load_rows(stages + s * stage_bytes, x, it, N, xsn, xsc, W, item_images, stride, plane, t);
+        if (!same && t % K::Words::LANES < 2 * T::NU) words.store(0);
+      } else {
+        bar_wait(full + 8, phase);
+        if (t == 0) counter[s] = 0;
+        K::load_rows(stages + s * stage_bytes, x, it, N, xsn, xsc, W, item_images, stride, plane, t);
+        if (k < STAGES || (item - STAGES) / per_channel != it.c)
+          T::template build<DT, NP, PROD * 32>(tables + s * K::TABLE, (const u8*)weight + (i64)it.c * (KH * KW) * (DT == F32 ? 4 : 2), flags & FLIP, t);
+      }
       bar_arrive_copies(full);
       bar_arrive(full);
       if (++s == STAGES) s = 0, phase ^= 1;
@@ -253,8 +321,12 @@ __global__ __launch_bounds__((WARPS + PROD) * 32, MINB) void forward_nchw(
       for (int i = 0; i < Terms<NP>::N; i++)
         K::accumulate(acc, StageRows<K::PITCH>(xs + Terms<NP>::x(i) * plane, h0 + off + e0 - K::P - it.x0, it.x_rows, zero),
                       table + Terms<NP>::w(i) * T::PLANE, e0, e1, MT);
-      K::template store_half<0>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
-      K::template store_half<1>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+      if constexpr (K::STAGED) {
+        K::store_spans(y, stages + STAGES * stage_bytes + warp * K::STAGING, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+      } else {
+        K::template store_half<0>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+        K::template store_half<1>(y, acc, it, N, ysn, ysc, h0, group, lane, shift, floor, W);
+      }
     }
     warp_arrive(full + 8, lane);
     if (++s == STAGES) s = 0, phase ^= 1;
