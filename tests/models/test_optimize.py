@@ -75,6 +75,30 @@ def test_compiled(mode, memory_format, trained, device):
         torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_cuda_graphs_follow_new_images_and_new_weights(trained, cuda):
+    torch._dynamo.reset()
+    network, x = build("replknet_nano", trained)
+    network, x = network.to(cuda), x.to(cuda)
+    plain = copy.deepcopy(network).train()
+    replknet.optimize(network, "training", cuda_graph=True)
+    for model in (plain, network):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for shift in range(5):
+            optimizer.zero_grad()
+            model(x + shift).square().mean().backward()
+            optimizer.step()
+    for (key, want), got in zip(plain.state_dict().items(), network.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7, msg=lambda text, k=key: f"{k}: {text}")
+    torch._dynamo.reset()
+    plain.eval()
+    network = replknet.optimize(copy.deepcopy(plain), "inference", cuda_graph=True)
+    with torch.no_grad():
+        for shift in range(5):
+            torch.testing.assert_close(network(x - shift), plain(x - shift), rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_compiled_training_that_recomputes(trained, device):
     torch._dynamo.reset()

@@ -8,7 +8,8 @@ from replknet.ops._problem import in_format_of, is_channels_last, is_cnhw
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# N, C, H, W, Kh, Kw: 1x1 maps, kernels larger than the map, primes, odd channel counts, wide and narrow maps.
+# N, C, H, W, Kh, Kw: 1x1 maps, kernels larger than the map, primes, odd channel counts, wide and narrow maps, groups of
+# eight channels.
 CASES = [
     (1, 1, 1, 1, 1, 1),
     (3, 5, 1, 1, 7, 7),
@@ -23,6 +24,10 @@ CASES = [
     (17, 2, 11, 13, 1, 9),
     (2, 1, 23, 19, 13, 13),
     (3, 64, 7, 7, 13, 13),
+    (33, 3, 9, 11, 7, 7),
+    (3, 16, 14, 14, 7, 7),
+    (2, 24, 33, 70, 7, 7),
+    (1, 8, 50, 50, 5, 5),
 ]
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from replknet.ops.cuda import _plan, _plan_channels_last, _plan_direct
+from replknet.ops.cuda import _plan, _plan_channels_last, _plan_diagonal, _plan_direct
 from replknet.ops.cuda._compile import _nvrtc, source
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Shape
@@ -42,6 +42,12 @@ def direct_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan_direct.DirectPlan:
     return _plan_direct.weight_grad_plan(shape, gpu)
 
 
+def diagonal_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan_diagonal.DiagonalPlan:
+    if not _plan_diagonal.suits(shape):
+        raise NotImplementedError
+    return _plan_diagonal.weight_grad_plan(shape, gpu)
+
+
 PASSES = {
     "forward": _plan.forward_plan,
     "weight_grad": _plan.weight_grad_plan,
@@ -49,6 +55,7 @@ PASSES = {
     "weight_grad, channels_last": _plan_channels_last.weight_grad_plan,
     "forward, channels_last, direct": direct_forward_plan,
     "weight_grad, channels_last, direct": direct_weight_grad_plan,
+    "weight_grad, channels_last, diagonal": diagonal_weight_grad_plan,
 }
 DIRECT = ("forward, channels_last, direct", "weight_grad, channels_last, direct")
 SAMPLE = 300
@@ -118,6 +125,7 @@ IMPORTANT = {
     "27x27 on 14x14": (("forward", "weight_grad"), 64, 512, 14, 27, 27, torch.bfloat16, 1),
     "13x13 on 7x7": (("forward",), 64, 1024, 7, 13, 13, torch.float16, 1),
     "5x5 on 14x14": (DIRECT, 64, 512, 14, 5, 5, torch.bfloat16, 1),
+    "7x7 on 56x56": (("weight_grad, channels_last, diagonal",), 64, 128, 56, 7, 7, torch.bfloat16, 1),
     "7x7 on 56x56 in float32": (DIRECT, 64, 128, 56, 7, 7, torch.float32, 3),
     "3x3 on 112x112, odd channels": (DIRECT, 64, 31, 112, 3, 3, torch.float16, 1),
     "51x5 on 56x56": (("forward",), 64, 124, 56, 51, 5, torch.bfloat16, 1),
@@ -180,7 +188,7 @@ def expected_stack(expression: str) -> int:
         # Products on their way to the sums, which tensor cores do not add up in float32.
         return 128
     if kernel == "forward_nchw":
-        # One column block: three blocks a multiprocessor leave a thread 80 registers.
+        # One column block: four blocks a multiprocessor leave a thread 64 registers, three of them 80.
         return 64 if blocks == 1 else 8 if blocks < 7 else 64
     if kernel == "weight_grad_nchw":
         # One or two column blocks: up to 56 accumulators beside as few as 80 registers.
@@ -188,6 +196,8 @@ def expected_stack(expression: str) -> int:
     if kernel == "forward_nhwc":
         # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128.
         return 104 if values[8] > 2 else 24
+    if kernel == "weight_grad_diagonal":
+        return 0
     if kernel in ("forward_direct", "weight_grad_direct"):
         # Taps, sums and pixels on their way fill what a thread has, most where channels are read one by one.
         return 192
@@ -198,7 +208,8 @@ def expected_stack(expression: str) -> int:
 def faults(plan, gpu: Gpu, used) -> list[str]:
     """What is wrong with the resources of a compiled plan."""
     launch, found = plan.launch, []
-    blocks = int(launch.expression.rstrip(">").split(", ")[-1])
+    kernel, arguments = launch.expression.rstrip(">").split("<")
+    blocks = 1 if kernel == "weight_grad_diagonal" else int(arguments.split(", ")[-1])
     warps, a_warp = launch.block // 32, -(-used.registers // 8) * 8 * 32
     if used.registers > 255 or blocks * warps * a_warp > 65536:
         found.append(f"{used.registers} registers for {blocks} blocks of {launch.block} threads")
@@ -252,7 +263,7 @@ def test_a_sample_of_all_kernels_compiles_within_its_resources(elf):
         for kind in ("forward", "weight_grad")
         for route in ("nchw", "nhwc", "direct")
         for dtype in range(3)
-    }
+    } | {f"weight_grad_diagonal<{dtype}" for dtype in range(2)}
     compiled = compile_all(chosen)
     wrong = [
         fault

@@ -35,11 +35,12 @@ def test_every_output_has_a_thread(gpu):
         assert lanes <= 32
         assert 2 * lanes * channel_blocks >= shape.c > 2 * lanes * (channel_blocks - 1)
         strips = shape.n * math.ceil(shape.w / tile.columns)
-        blocks = math.ceil(strips / (plan.launch.block // lanes)) * math.ceil(shape.h / plan.rows) * channel_blocks
+        blocks = math.ceil(strips / (plan.launch.block // lanes)) * math.ceil(shape.h / tile.rows) * channel_blocks
         assert plan.launch.grid == (blocks, 1, 1)
         assert plan.launch.block % lanes == 0
         assert plan.launch.block <= _plan_direct.THREADS
-        assert 1 <= plan.rows <= shape.h
+        assert plan.arguments == (shape.n, shape.h, shape.w, tile.rows)
+        assert 1 <= tile.rows <= shape.h
 
 
 def test_a_weight_gradient_has_no_block_without_work():
@@ -50,7 +51,7 @@ def test_a_weight_gradient_has_no_block_without_work():
         )
         lanes, channel_blocks = _plan_direct._lanes(shape)
         strips = shape.n * math.ceil(shape.w / tile.columns)
-        items = math.ceil(strips / (plan.launch.block // lanes)) * math.ceil(shape.h / plan.rows)
+        items = math.ceil(strips / (plan.launch.block // lanes)) * math.ceil(shape.h / tile.rows)
         assert plan.launch.grid == (channel_blocks, plan.splits, 1)
         assert 1 <= plan.splits <= items
         assert plan.launch.shared_bytes == 8 * lanes * shape.kh * shape.kw <= 48 * 1024

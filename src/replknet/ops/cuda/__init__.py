@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replknet.ops._problem import Pass, Problem, is_channels_last
-from replknet.ops.cuda import _plan, _plan_direct
+from replknet.ops.cuda import _plan, _plan_diagonal, _plan_direct
 from replknet.ops.cuda import _plan_channels_last as _plan_cl
 from replknet.ops.cuda._compile import compile_kernel
 from replknet.ops.cuda._launch import Gpu, Launch, gpu_of, launch
@@ -66,8 +66,10 @@ def tiles(pass_: Pass, problem: Problem) -> tuple[str, ...]:
     shape, index = _allocated(problem), _index(problem.device)
     plans = _plan_cl if problem.channels_last else _plan
     offer = plans.weight_grad_tiles if pass_ == "weight_grad" else plans.forward_tiles
-    # Where the default is the kernel without tensor cores, theirs are all others.
-    first = 0 if problem.channels_last and _plan_direct.suits(shape, weight_grad=pass_ == "weight_grad") else 1
+    # Where the default is a kernel for small kernels, these are all others.
+    gradient = pass_ == "weight_grad"
+    small = _plan_direct.suits(shape, weight_grad=gradient) or (gradient and _plan_diagonal.suits(shape))
+    first = 0 if problem.channels_last and small else 1
     try:
         return tuple(map(str, offer(shape, gpu_of(index))[first:]))
     except NotImplementedError:
@@ -130,10 +132,10 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, tile: str | None = 
     plan = None
     if is_channels_last(x):
         plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device), tile)
-    if isinstance(plan, _plan_direct.DirectPlan):
-        sizes = (n, h, w, plan.rows)
-    elif plan is not None:
+    if isinstance(plan, _plan_cl.WeightGradPlan):
         sizes = (n, c, h, w, *plan.arguments)
+    elif plan is not None:
+        sizes = plan.arguments
     else:
         if is_channels_last(x):
             x, grad_y = x.contiguous(), grad_y.contiguous()
@@ -164,7 +166,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int, tile: 
         return y
     plan = _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device), flags, tile)
     if isinstance(plan, _plan_direct.DirectPlan):
-        launch(plan.launch, x.device, x, weight, bias, y, n, h, w, plan.rows)
+        launch(plan.launch, x.device, x, weight, bias, y, *plan.arguments)
     elif plan is not None:
         launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *plan.arguments, flags)
     else:
@@ -264,10 +266,12 @@ def _forward_plan_channels_last(
 @functools.lru_cache(maxsize=4096)
 def _weight_grad_plan_channels_last(
     shape: _plan.Shape, index: int, tile: str | None
-) -> _plan_direct.DirectPlan | _plan_cl.WeightGradPlan | None:
+) -> _plan_diagonal.DiagonalPlan | _plan_direct.DirectPlan | _plan_cl.WeightGradPlan | None:
     gpu = gpu_of(index)
     try:
         named = _named(tile, _plan_cl.weight_grad_tiles, shape, gpu)
+        if named is None and _plan_diagonal.suits(shape):
+            return _plan_diagonal.weight_grad_plan(shape, gpu)
         if named is None and _plan_direct.suits(shape, weight_grad=True):
             return _plan_direct.weight_grad_plan(shape, gpu)
         return _plan_cl.weight_grad_plan(shape, gpu, named)

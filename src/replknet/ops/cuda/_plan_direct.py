@@ -34,18 +34,19 @@ class DirectTile:
 
 @dataclass(frozen=True)
 class DirectPlan:
-    """A launch and the arguments that depend on its tile; `splits` partial sums of a weight gradient."""
+    """A launch, the numbers behind its pointers, and the partial sums of a weight gradient."""
 
     launch: Launch
-    rows: int
+    arguments: tuple[int, ...]
     splits: int = 1
 
 
 def suits(shape: Shape, *, weight_grad: bool) -> bool:
-    """Whether these kernels take a channels_last problem: where they were faster than tensor cores on an H100.
+    """Whether these kernels take a channels_last problem: where they were faster than `channels_last.cu` on an H100.
 
     5x5 on 64,512,14²: 14 us instead of 28, weight gradient 18 instead of 43; 7x7 on 64,128,56²: 115 instead of 81, but
     the weight gradient on 64,1024,7² 23 instead of 56. float32 takes three to six products on tensor cores, here one.
+    `diagonal.cu` goes first where it can run.
     """
     taps = shape.kh * shape.kw
     if taps > MOST_TAPS or max(shape.kh, shape.kw) > LONGEST:
@@ -66,7 +67,7 @@ def forward_plan(shape: Shape, gpu: Gpu, flags: int, tile: DirectTile | None = N
         threads * lanes,
         2 * lanes * shape.kh * shape.kw * _size(shape),
     )
-    return DirectPlan(launch, tile.rows)
+    return DirectPlan(launch, (shape.n, shape.h, shape.w, tile.rows))
 
 
 def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DirectTile | None = None) -> DirectPlan:
@@ -83,7 +84,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DirectTile | None = None) -> 
         threads * lanes,
         2 * lanes * shape.kh * shape.kw * 4,
     )
-    return DirectPlan(launch, tile.rows, splits)
+    return DirectPlan(launch, (shape.n, shape.h, shape.w, tile.rows), splits)
 
 
 def _template(shape: Shape, tile: DirectTile) -> str:
