@@ -17,6 +17,9 @@ CASES = [
     (6, 6, {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 6, "bias": False}),
     (6, 4, {"kernel_size": (3, 5), "padding": (1, 0), "dilation": 2, "groups": 2}),
     (3, 8, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    # Widened by columns of zeros.
+    (6, 6, {"kernel_size": (3, 13), "padding": (1, 6), "groups": 6}),
+    (6, 6, {"kernel_size": (1, 11), "padding": (0, 10), "dilation": 2, "stride": (1, 2), "groups": 6, "bias": False}),
 ]
 
 
@@ -60,13 +63,15 @@ def test_activations_that_it_has_no_kernel_for_stay():
     assert own.absorb(second) is second
 
 
-def test_a_new_weight_is_packed_anew():
-    plain, own = pair(*CASES[0])
+@pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
+def test_a_new_weight_is_packed_anew(case):
+    plain, own = pair(*case)
     x = torch.randn(2, 6, 5, 5)
     own(x)
     for change in (
         lambda conv: conv.weight.mul_(2),
         lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight + 1)),
+        lambda conv: conv.bias.add_(1),
     ):
         with torch.no_grad():
             change(plain), change(own)
@@ -107,6 +112,19 @@ def test_half_precision_and_autocast(kernels, monkeypatch):
     torch.testing.assert_close(own(x.bfloat16()).float(), plain(x), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.skipif(len(packed_conv2d._dtypes()) == 1, reason="oneDNN has no bfloat16 kernels on this processor")
+@pytest.mark.parametrize("case", [case for case in CASES if case[2].get("groups") == case[0]], ids=str)
+def test_depthwise_convolutions_of_bfloat16_are_float32s_rounded(case):
+    plain, own = pair(*case)
+    for conv in (plain, own):
+        conv.to(torch.bfloat16)
+    assert why_not_packed(own) is None
+    x = torch.randn(2, 6, 9, 14, dtype=torch.bfloat16)
+    got, want = own(x), plain.float()(x.float())
+    assert own._packed is not None
+    torch.testing.assert_close(got, want.bfloat16(), rtol=1e-2, atol=1e-6)
+
+
 def test_copies_pickles_and_exports():
     plain, own = pair(*CASES[0])
     x = torch.randn(2, 6, 5, 5)
@@ -124,8 +142,9 @@ def test_copies_pickles_and_exports():
         (nn.Conv2d(4, 4, 3, padding="same"), "padding same"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "reflect"),
         (nn.Conv2d(4, 4, 13, groups=4), "a width of 13"),
-        (nn.Conv2d(4, 4, 3, groups=4, dtype=torch.bfloat16), "faster in float32"),
+        (nn.Conv2d(4, 4, 3, groups=2, dtype=torch.bfloat16), "half precision"),
     ],
 )
-def test_what_is_left_to_torch(conv, reason):
+def test_what_is_left_to_torch(conv, reason, monkeypatch):
+    monkeypatch.setattr(packed_conv2d, "_has_avx512", lambda: False)
     assert reason in (why_not_packed(conv) or "")
