@@ -17,7 +17,7 @@ from replknet._errors import RunError, UsageError
 from replknet.cli import main
 from replknet.data import NO_AUGMENTATION
 from replknet.tasks.stopping import RunStoppedError
-from replknet.tasks.train import _warn_of_slow_average, train
+from replknet.tasks.train import TrainConfig, _warn_of_slow_average, train
 from replknet.tasks.trainer import Hardware
 
 
@@ -321,6 +321,12 @@ def test_a_request_that_cannot_be_met_leaves_nothing_behind(small_config, digits
         train(small_config(digits_folder, tmp_path / "run", **options))
     assert words in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 2), (3, 6), (4, 8), (300, 8)])
+def test_a_short_training_warms_up_for_a_quarter(epochs, steps):
+    assert TrainConfig(epochs=epochs).optimization(8).lr.warmup_steps == steps
+    assert TrainConfig(epochs=epochs, warmup_epochs=0.5).optimization(8).lr.warmup_steps == 4
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(small_config, digits_folder, tmp_path, monkeypatch):

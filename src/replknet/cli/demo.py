@@ -101,7 +101,6 @@ def _config(folder: Path, epochs: int, seed: int) -> TrainConfig:
         epochs=epochs,
         global_batch=32,
         lr=4e-3,
-        warmup_epochs=min(1, epochs / 4),
         label_smoothing=0.05,
         seed=seed,
         # Pictures of 8×8 pixels: making them takes less time than handing them over from another process.

@@ -67,7 +67,7 @@ class TrainConfig:
         max_batch_per_device: largest batch that fits a device; the number of accumulation steps follows.
         lr: learning rate after warm-up; absolute, not scaled by the batch.
         min_lr: where the cosine ends.
-        warmup_epochs: epochs of linear warm-up from 0.
+        warmup_epochs: epochs of linear warm-up from 0; by default 1, or a quarter of a training of fewer than 4.
         warmup_steps: optimizer steps of warm-up, instead of warmup_epochs.
         weight_decay: AdamW's, none for 1-D parameters and biases.
         weight_decay_end: where the weight decay's cosine ends; by default it stays constant.
@@ -123,7 +123,7 @@ class TrainConfig:
     max_batch_per_device: int | None = None
     lr: float = 1e-3
     min_lr: float = 1e-6
-    warmup_epochs: float = 1
+    warmup_epochs: float | None = None
     warmup_steps: int | None = None
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
@@ -165,7 +165,7 @@ class TrainConfig:
     def optimization(self, steps_per_epoch: int) -> OptimizationConfig:
         """The schedules in optimizer steps."""
         total = self.epochs * steps_per_epoch
-        warmup = self.warmup_steps if self.warmup_steps is not None else int(self.warmup_epochs * steps_per_epoch)
+        warmup = self.warmup_steps if self.warmup_steps is not None else int(_warmup_epochs(self) * steps_per_epoch)
         end = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
         return OptimizationConfig(
             lr=WarmupCosine(self.lr, self.min_lr, total, warmup),
@@ -174,6 +174,10 @@ class TrainConfig:
             betas=self.betas,
             eps=self.eps,
         )
+
+
+def _warmup_epochs(config: TrainConfig) -> float:
+    return min(1, config.epochs / 4) if config.warmup_epochs is None else config.warmup_epochs
 
 
 # What may change when a run is resumed, since it does not change what is computed.
@@ -346,6 +350,7 @@ def _checked(config: TrainConfig) -> TrainConfig:
     for name in ("epochs", "validate_every", "log_every"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(config, name)}")
+    config = replace(config, warmup_epochs=_warmup_epochs(config))
     for name in ("lr", "min_lr", "weight_decay", "warmup_epochs"):
         if getattr(config, name) < 0:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
