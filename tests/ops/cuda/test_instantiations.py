@@ -30,19 +30,19 @@ GPUS = (
 )
 
 
-def direct_forward_plan(shape: Shape, gpu: Gpu) -> _plan_direct.DirectPlan:
+def direct_forward_plan(shape: Shape, gpu: Gpu) -> _plan.SmallKernelPlan:
     if not _plan_direct.suits(shape, weight_grad=False):
         raise NotImplementedError
     return _plan_direct.forward_plan(shape, gpu, flags=0)
 
 
-def direct_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan_direct.DirectPlan:
+def direct_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan.SmallKernelPlan:
     if not _plan_direct.suits(shape, weight_grad=True):
         raise NotImplementedError
     return _plan_direct.weight_grad_plan(shape, gpu)
 
 
-def diagonal_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan_diagonal.DiagonalPlan:
+def diagonal_weight_grad_plan(shape: Shape, gpu: Gpu) -> _plan.SmallKernelPlan:
     if not _plan_diagonal.suits(shape):
         raise NotImplementedError
     return _plan_diagonal.weight_grad_plan(shape, gpu)

@@ -132,10 +132,10 @@ def weight_grad(grad_y: Tensor, x: Tensor, kh: int, kw: int, tile: str | None = 
     plan = None
     if is_channels_last(x):
         plan = _weight_grad_plan_channels_last(_shape_channels_last(x, kh, kw, grad_y), _index(x.device), tile)
-    if isinstance(plan, _plan_cl.WeightGradPlan):
-        sizes = (n, c, h, w, *plan.arguments)
-    elif plan is not None:
+    if isinstance(plan, _plan.SmallKernelPlan):
         sizes = plan.arguments
+    elif plan is not None:
+        sizes = (n, c, h, w, *plan.arguments)
     else:
         if is_channels_last(x):
             x, grad_y = x.contiguous(), grad_y.contiguous()
@@ -165,7 +165,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flags: int, tile: 
         _convolve_contiguous(x, weight, bias, y, flags, tile)
         return y
     plan = _forward_plan_channels_last(_shape_channels_last(x, kh, kw, y), _index(x.device), flags, tile)
-    if isinstance(plan, _plan_direct.DirectPlan):
+    if isinstance(plan, _plan.SmallKernelPlan):
         launch(plan.launch, x.device, x, weight, bias, y, *plan.arguments)
     elif plan is not None:
         launch(plan.launch, x.device, x, weight, bias, y, n, c, h, w, *plan.arguments, flags)
@@ -252,7 +252,7 @@ def _weight_grad_plan(shape: _plan.Shape, index: int, tile: str | None) -> _plan
 @functools.lru_cache(maxsize=4096)
 def _forward_plan_channels_last(
     shape: _plan.Shape, index: int, flags: int, tile: str | None
-) -> _plan_direct.DirectPlan | _plan_cl.ForwardPlan | None:
+) -> _plan.SmallKernelPlan | _plan_cl.ForwardPlan | None:
     gpu = gpu_of(index)
     try:
         named = _named(tile, _plan_cl.forward_tiles, shape, gpu)
@@ -266,7 +266,7 @@ def _forward_plan_channels_last(
 @functools.lru_cache(maxsize=4096)
 def _weight_grad_plan_channels_last(
     shape: _plan.Shape, index: int, tile: str | None
-) -> _plan_diagonal.DiagonalPlan | _plan_direct.DirectPlan | _plan_cl.WeightGradPlan | None:
+) -> _plan.SmallKernelPlan | _plan_cl.WeightGradPlan | None:
     gpu = gpu_of(index)
     try:
         named = _named(tile, _plan_cl.weight_grad_tiles, shape, gpu)

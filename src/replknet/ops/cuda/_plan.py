@@ -96,6 +96,15 @@ class WeightGradPlan:
 
 
 @dataclass(frozen=True)
+class SmallKernelPlan:
+    """A launch for a small kernel, the numbers behind its pointers, and the partial sums of a weight gradient."""
+
+    launch: Launch
+    arguments: tuple[int, ...]
+    splits: int = 1
+
+
+@dataclass(frozen=True)
 class ForwardTile(Tile):
     """Tuning parameters of the forward kernel.
 

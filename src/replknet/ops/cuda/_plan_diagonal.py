@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from replknet.ops.cuda._launch import Gpu, Launch
-from replknet.ops.cuda._plan import DTYPES, Shape, budget, round_up, splits_of, too_large
+from replknet.ops.cuda._plan import DTYPES, Shape, SmallKernelPlan, budget, round_up, splits_of, too_large
 
 DIAGONAL = ("common.cuh", "diagonal.cu")
 MOST_TAPS, LONGEST = 49, 11
@@ -39,15 +39,6 @@ class DiagonalTile:
     steps: int
 
 
-@dataclass(frozen=True)
-class DiagonalPlan:
-    """A launch, the numbers behind its pointers, and the number of partial sums to add."""
-
-    launch: Launch
-    arguments: tuple[int, ...]
-    splits: int
-
-
 def suits(shape: Shape) -> bool:
     """Whether the kernel takes a weight gradient in channels_last: where it was the fastest on an H200.
 
@@ -63,7 +54,7 @@ def suits(shape: Shape) -> bool:
     return taps > 25 or (taps > 9 and shape.h * shape.w >= 2048)
 
 
-def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DiagonalTile | None = None) -> DiagonalPlan:
+def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DiagonalTile | None = None) -> SmallKernelPlan:
     """The launch for one weight gradient.
 
     Raises:
@@ -80,7 +71,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DiagonalTile | None = None) -
         (tile.units * tile.groups + LOADERS) * 32,
         BARRIERS + max(sums, slots * _slot_bytes(shape, tile)),
     )
-    return DiagonalPlan(launch, (shape.n, shape.c, shape.h, shape.w, tile.rows, slots), splits)
+    return SmallKernelPlan(launch, (shape.n, shape.c, shape.h, shape.w, tile.rows, slots), splits)
 
 
 def default_tile(shape: Shape, gpu: Gpu) -> DiagonalTile:

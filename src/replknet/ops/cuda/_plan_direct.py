@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from replknet.ops.cuda._launch import Gpu, Launch
-from replknet.ops.cuda._plan import DTYPES, Shape, splits_of
+from replknet.ops.cuda._plan import DTYPES, Shape, SmallKernelPlan, splits_of
 
 DIRECT = ("common.cuh", "direct.cu")
 THREADS = 128
@@ -32,15 +32,6 @@ class DirectTile:
     blocks: int
 
 
-@dataclass(frozen=True)
-class DirectPlan:
-    """A launch, the numbers behind its pointers, and the partial sums of a weight gradient."""
-
-    launch: Launch
-    arguments: tuple[int, ...]
-    splits: int = 1
-
-
 def suits(shape: Shape, *, weight_grad: bool) -> bool:
     """Whether these kernels take a channels_last problem: where they were faster than `channels_last.cu` on an H100.
 
@@ -54,7 +45,7 @@ def suits(shape: Shape, *, weight_grad: bool) -> bool:
     return taps <= 25 or shape.dtype == torch.float32 or (weight_grad and shape.h * shape.w <= 196)
 
 
-def forward_plan(shape: Shape, gpu: Gpu, flags: int, tile: DirectTile | None = None) -> DirectPlan:
+def forward_plan(shape: Shape, gpu: Gpu, flags: int, tile: DirectTile | None = None) -> SmallKernelPlan:
     """The launch for one forward convolution or input gradient; `flags` as in `direct.cu`."""
     tile = tile or default_tile(shape, gpu)
     lanes, channel_blocks = _lanes(shape)
@@ -67,10 +58,10 @@ def forward_plan(shape: Shape, gpu: Gpu, flags: int, tile: DirectTile | None = N
         threads * lanes,
         2 * lanes * shape.kh * shape.kw * _size(shape),
     )
-    return DirectPlan(launch, (shape.n, shape.h, shape.w, tile.rows))
+    return SmallKernelPlan(launch, (shape.n, shape.h, shape.w, tile.rows))
 
 
-def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DirectTile | None = None) -> DirectPlan:
+def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DirectTile | None = None) -> SmallKernelPlan:
     """The launch for one weight gradient."""
     tile = tile or default_tile(shape, gpu, weight_grad=True)
     lanes, channel_blocks = _lanes(shape)
@@ -84,7 +75,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: DirectTile | None = None) -> 
         threads * lanes,
         2 * lanes * shape.kh * shape.kw * 4,
     )
-    return DirectPlan(launch, (shape.n, shape.h, shape.w, tile.rows), splits)
+    return SmallKernelPlan(launch, (shape.n, shape.h, shape.w, tile.rows), splits)
 
 
 def _template(shape: Shape, tile: DirectTile) -> str:
