@@ -146,5 +146,5 @@ def test_copies_pickles_and_exports():
     ],
 )
 def test_what_is_left_to_torch(conv, reason, monkeypatch):
-    monkeypatch.setattr(packed_conv2d, "_has_avx512", lambda: False)
+    monkeypatch.setattr(packed_conv2d, "has_avx512", lambda: False)
     assert reason in (why_not_packed(conv) or "")

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from replknet.layers.depthwise_conv2d import why_not_same_depthwise
 from replknet.layers.epilogue import Activated
 from replknet.ops import depthwise_conv2d, recording_a_portable_graph
-
-# With AVX-512 oneDNN has a faster kernel for grouped convolutions from a width of 15 on; columns of zeros pay for
-# themselves at these widths, where the weight is widened once: 0.3 to 0.5 of the time on 7² and 14², 0.8 to 0.9 on 56².
-_SLOW_WIDTHS, _FAST_WIDTH = (11, 13), 15
-
-
-@functools.cache
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+from replknet.ops._cpu import FAST_WIDTH, SLOW_WIDTHS, has_avx512
 
 
 @functools.cache
@@ -49,9 +41,9 @@ class PackedConv2d(Activated, nn.Conv2d):
     """Drop-in `nn.Conv2d`: same parameters and state-dict keys, any groups, float32 or bfloat16.
 
     torch's convolution and matrix product rearrange the weight at every call, which for one image takes as long as a
-    third of the arithmetic, and of a large kernel in bfloat16 twice as long. Here that is done once, and again after
-    the weight has changed. Where a gradient is asked for, or a graph is recorded or compiled, the layer is torch's
-    convolution. The activation runs in the same kernel. Depthwise convolutions of bfloat16 are computed in float32.
+    third of the arithmetic. Here that is done once, and again after the weight has changed. Where a gradient is asked
+    for, or a graph is recorded or compiled, the layer is torch's convolution. The activation runs in the same kernel.
+    Depthwise convolutions of bfloat16 are computed in float32.
     """
 
     _packed: _Packed | None = None
@@ -92,8 +84,9 @@ class PackedConv2d(Activated, nn.Conv2d):
             assert not isinstance(padding, str)
             if self.groups > 1:
                 weight, bias = weight.float(), None if bias is None else bias.detach().float()
-                if self.kernel_size[1] in _SLOW_WIDTHS:
-                    wider = (_FAST_WIDTH - self.kernel_size[1]) // 2
+                # Done once, columns of zeros pay for themselves on every map: 0.3 of the time on 7², 0.9 on 56².
+                if self.kernel_size[1] in SLOW_WIDTHS:
+                    wider = (FAST_WIDTH - self.kernel_size[1]) // 2
                     weight, padding = F.pad(weight, (wider, wider)), (padding[0], padding[1] + wider * self.dilation[1])
             attributes = (padding, self.stride, self.dilation, self.groups, list(x.shape))
             weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *attributes)
@@ -109,7 +102,7 @@ def why_not_packed(conv: nn.Conv2d) -> str | None:
         return f"{conv.weight.dtype} on {conv.weight.device}"
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return f"padding {conv.padding}, {conv.padding_mode}"
-    if conv.groups > 1 and conv.kernel_size[1] in _SLOW_WIDTHS and not _has_avx512():
+    if conv.groups > 1 and conv.kernel_size[1] in SLOW_WIDTHS and not has_avx512():
         return f"the operator may be faster at a width of {conv.kernel_size[1]}"
     if 1 < conv.groups < conv.in_channels and conv.weight.dtype != torch.float32:
         return "grouped convolutions of half precision are torch's"

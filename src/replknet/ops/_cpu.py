@@ -111,8 +111,8 @@ _CONTIGUOUS_WIDTH_AVX512 = 13
 # The channels_last kernel is another from a width of 15 on and up to twice as fast there as just below, so that columns
 # of zeros pay for themselves. Which widths, and from how many outputs for each tap of the weight on, as the weight has
 # to be copied: 13 gains 1.5 at 1.2 and loses 0.9 at 0.3, 11 gains 1.0 to 1.3 from 2 on and loses below.
-_FAST_WIDTH = 15
-_SLOW_WIDTHS = {11: 2, 13: 1}
+FAST_WIDTH = 15
+SLOW_WIDTHS = {11: 2, 13: 1}
 # Below either, turning a float32 weight (8 us and more) costs what the faster convolution saves, on one core and on
 # two: torch's gradient took 0.6 to 1.0 of the time for 49 and 98 outputs a channel under 9x9 to 15x15 (1.1 to 1.5 from
 # 196 on), and 0.9 to 1.0 for 1 to 5 million multiply-adds (1.0 to 1.2 for 8 to 20 million).
@@ -130,10 +130,10 @@ def _with_avx512(pass_: Pass, problem: Problem) -> Form:
 def _forward_with_avx512(problem: Problem) -> Form:
     n, _, h, w = problem.x_shape
     kw = problem.kernel[1]
-    if problem.channels_last and kw in _SLOW_WIDTHS:
-        if n * h * w < _SLOW_WIDTHS[kw] * math.prod(problem.kernel):
+    if problem.channels_last and kw in SLOW_WIDTHS:
+        if n * h * w < SLOW_WIDTHS[kw] * math.prod(problem.kernel):
             return Form(True, False, "widening the weight costs more than it saves for so few outputs")
-        return Form(True, False, f"a weight widened by zeros to {_FAST_WIDTH} columns is faster", _FAST_WIDTH)
+        return Form(True, False, f"a weight widened by zeros to {FAST_WIDTH} columns is faster", FAST_WIDTH)
     if problem.channels_last or kw <= _CONTIGUOUS_WIDTH_AVX512:
         return Form(problem.channels_last, False, "torch's kernel for this format is the fastest")
     return Form(True, False, "torch's contiguous kernel is slow for so wide a weight; its channels_last kernel is fast")
@@ -153,7 +153,7 @@ def _input_grad_with_avx512(problem: Problem) -> Form:
     if few and kw > _CONTIGUOUS_WIDTH_AVX512 and not problem.channels_last:
         return torchs("changing the format costs more than the faster kernel saves")
     channels_last = problem.channels_last or kw > _CONTIGUOUS_WIDTH_AVX512
-    width = _FAST_WIDTH if channels_last and kw in _SLOW_WIDTHS else None
+    width = FAST_WIDTH if channels_last and kw in SLOW_WIDTHS else None
     return Form(channels_last, False, "torch's forward convolution with the flipped weight beats its gradient", width)
 
 

@@ -111,11 +111,6 @@ def weight_grad(simulation, x, dy, shape, tile, splits):
     return total
 
 
-def close(got, expected):
-    assert not np.isnan(got).any()
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1.0, np.abs(expected).max()))
-
-
 def run(simulation, shape, tile):
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, shape.n, shape.h, shape.w, shape.c))

@@ -188,7 +188,7 @@ def expected_stack(expression: str) -> int:
         # Products on their way to the sums, which tensor cores do not add up in float32.
         return 128
     if kernel == "forward_nchw":
-        # One column block: four blocks a multiprocessor leave a thread 64 registers, three of them 80.
+        # One column block: eight blocks of 128 threads leave a thread 64 registers, three of 256 leave 80.
         return 64 if blocks == 1 else 8 if blocks < 7 else 64
     if kernel == "weight_grad_nchw":
         # One or two column blocks: up to 56 accumulators beside as few as 80 registers.

@@ -88,7 +88,8 @@ def default_tile(shape: Shape, gpu: Gpu) -> DiagonalTile:
 def _tiles(shape: Shape, gpu: Gpu) -> Iterator[DiagonalTile]:
     most = _most_warps(shape)
     all_units, all_groups = math.ceil(shape.w / 8), math.ceil(shape.c / 8)
-    for units in range(1, min(8, most, all_units) + 1):
+    # The widest first: of equal estimates the first is taken, and a wide block reads the least halo.
+    for units in range(min(8, most, all_units), 0, -1):
         for groups in (size for size in range(1, most // units + 1) if all_groups % size == 0):
             for parts in (size for size in (1, 2, 3, 4, 6, 8, 12, 16) if size <= shape.h):
                 rows = math.ceil(shape.h / parts)
