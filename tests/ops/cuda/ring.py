@@ -125,10 +125,12 @@ class Block:
         return self.current, self.clocks[self.current][self.current]
 
 
-def forward_warps(items, lead, ring, warps: tuple[int, int, int], actions) -> list[Iterator]:
+def forward_warps(items, lead, ring, warps: tuple[int, int, int], channels: int, actions) -> list[Iterator]:
     """Consumers, loaders and storers of forward_nhwc."""
     consumers, loaders, storers = warps
     loaded, convolved, stored = ([Barrier(count) for _ in range(ring)] for count in (loaders, consumers, storers))
+    read = [[Barrier(1) for _ in range(channels)] for _ in range(ring)]
+    tables, own = Barrier(consumers), channels % consumers == 0
 
     def storer(warp):
         p = RingAt(ring)
@@ -151,18 +153,35 @@ def forward_warps(items, lead, ring, warps: tuple[int, int, int], actions) -> li
                 p.next()
 
     def consumer(warp):
-        p, ready, ahead = RingAt(ring), RingAt(ring), 0
+        p, ready, ahead, turn, before, built, builds = RingAt(ring), RingAt(ring), 0, warp, (0, 0), -1, 0
         for item in items:
+            if built != item.c0 and not own:
+                # Tables are built in between.
+                for _ in range(2):
+                    yield tables, None
+                    yield tables, builds
+                    builds += 1
+                built = item.c0
             for j in range(item.slots):
                 while ahead <= min(j + 2 * lead, item.slots - 1) - j:
                     yield loaded[ready.slot], ready.round
                     ready.next()
                     ahead += 1
-                if j < item.sets:
-                    actions.convolve(item, j, p.slot, warp)
+                for channel in range(turn, channels, consumers):
+                    if j < item.sets:
+                        actions.convolve(item, j, p.slot, channel)
+                    if not own:
+                        if before[0] != p.slot:
+                            yield read[before[0]][channel], before[1]
+                        yield read[p.slot][channel], None
+                    if j < item.sets:
+                        actions.finish(item, j, p.slot, channel)
+                    turn = channel + consumers
                 yield convolved[p.slot], None
+                before = p.slot, p.round
                 p.next()
                 ahead -= 1
+                turn -= channels
 
     return [*map(consumer, range(consumers)), *map(loader, range(loaders)), *map(storer, range(storers))]
 
@@ -215,17 +234,18 @@ def weight_grad_warps(items, lead, rings: tuple[int, int], warps: tuple[int, int
 class Ledger:
     """What lies in every slot, and who may touch it.
 
-    A consumer has planes of its own, a loader lines of its own: a part of a slot is (ring, slot, consumer, loader).
+    A channel has planes of its own, a loader lines of its own: a part of a slot is (ring, slot, channel, loader). In
+    the weight gradient a consumer stands for its channel.
     """
 
-    def __init__(self, block: Block, shape, rows: int, lead: int, rings: dict[str, int], warps: tuple[int, int]):
+    def __init__(self, block: Block, shape, rows: int, lead: int, rings: dict[str, int], channels: int, loaders: int):
         self.block, self.shape, self.rows, self.lead, self.rings = block, shape, rows, lead, rings
-        self.consumers, self.loaders = warps
+        self.channels, self.loaders = channels, loaders
         self.content, self.written, self.reads = {}, {}, {}
         self.stored, self.used = Counter(), Counter()
 
-    def _parts(self, ring, slot, consumer=None, loader=None):
-        for k in range(self.consumers) if consumer is None else (consumer,):
+    def _parts(self, ring, slot, channel=None, loader=None):
+        for k in range(self.channels) if channel is None else (channel,):
             for m in range(self.loaders) if loader is None else (loader,):
                 yield ring, slot, k, m
 
@@ -244,7 +264,7 @@ class Ledger:
         for part in self._parts(ring, slot, loader=warp):
             self._write(part, ("input", item, j))
 
-    def _read_window(self, item, j, slot, warp):
+    def _read_window(self, item, j, slot, channel):
         """The input rows that set j reaches, where the kernel's address arithmetic looks for them."""
         p, h0, ring = self.shape.kh // 2, item.row0 + j * self.rows, self.rings["x"]
         # Row P + 1 below the last meets the kernel row that an odd kernel has not: a zero, which must meet a number.
@@ -252,15 +272,16 @@ class Ledger:
             line = (slot + self.lead) * self.rows + h - h0
             assert 0 <= line < 2 * ring * self.rows
             at = (line - ring * self.rows if line >= ring * self.rows else line) // self.rows
-            for part in self._parts("x", at, consumer=warp):
+            for part in self._parts("x", at, channel=channel):
                 self._read(part, ("input", item, self.lead + (h - item.row0) // self.rows))
 
     def load(self, item, j, slot, warp):
         self._load("x", item, j, slot, warp)
 
-    def convolve(self, item, j, slot, warp):
-        self._read_window(item, j, slot, warp)
-        for part in self._parts("x", slot, consumer=warp):
+    convolve = _read_window
+
+    def finish(self, item, j, slot, channel):
+        for part in self._parts("x", slot, channel=channel):
             self._write(part, ("output", item, j))
 
     def store(self, item, j, slot, warp):
@@ -276,7 +297,7 @@ class Ledger:
 
     def accumulate(self, item, j, x_slot, y_slot, warp):
         self._read_window(item, j, x_slot, warp)
-        for part in self._parts("y", y_slot, consumer=warp):
+        for part in self._parts("y", y_slot, channel=warp):
             self._read(part, ("input", item, j))
         for h in range(item.row0 + j * self.rows, min(item.row1, item.row0 + (j + 1) * self.rows)):
             self.used[warp, item.n0, item.col0, h] += 1

@@ -153,6 +153,8 @@ class Forward:
         few = mt != 2 or (self.window and columns.inputs < 7)
         # A division in C++ goes towards zero.
         self.ahead = 1 if few else max(1, min(columns.inputs, int(spare / 4) - 1))
+        self.early = not self.window and self.registers - 44 - mt * columns.outputs * 4 - 4 * mt * self.nd >= 0
+        self.exists = mt == 1 or (mt == 2 and self.khp >= self.ts)
 
     def narrow(self, dtype, vector):
         """dtype and vector as in the template."""
@@ -164,6 +166,8 @@ class Forward:
 
     def fragments(self, memory, table, e):
         b = np.zeros((self.nd, 2, 32, 2))
+        if self.exists:
+            e = min(max(e, 0), self.khp - 2)
         if 0 <= e < self.khp:
             for d in range(self.nd):
                 at = table + (e >> 1) * (self.table.nu * 8) + d * 32
@@ -557,7 +561,6 @@ def weight_grad_item(k, acc, x, dy, item, plan, shape, n_groups, n_rows):
 
 
 # ---- channels_last.cu
-BARRIERS = 512
 # Planes of x and of the weight (or of dy) of every product; test_planes holds them to the header.
 TERMS = {1: [(0, 0)], 2: [(1, 0), (0, 1), (0, 0)], 3: [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]}
 
@@ -696,10 +699,12 @@ def join_halves(upper, lower):
 class NhwcBlock:
     """Shared memory of a block; NaN wherever nothing was written and where what was written is done with."""
 
+    barriers = 512
+
     def __init__(self, shape, plan, zero):
         self.shape, self.size = shape, 4 if shape.dtype == torch.float32 else 2
         self.memory = np.full(plan.launch.shared_bytes // 2, np.nan)
-        self.memory[BARRIERS // 2 : (BARRIERS + zero) // 2] = 0
+        self.memory[self.barriers // 2 : (self.barriers + zero) // 2] = 0
         self.done = Counter()
 
     def put(self, stores):
@@ -723,11 +728,12 @@ class ForwardNhwc(NhwcBlock):
     """What the warps of forward_nhwc do between their barriers."""
 
     def __init__(self, k, x, weight, bias, plan, shape, tile, width, y, writes):
+        self.barriers = round_up(plan.slots * (24 + 8 * plan.channels), 128)
         super().__init__(shape, plan, k.zero)
         self.k, self.plan, self.tile, self.x, self.weight, self.bias, self.y, self.writes = (
             k, plan, tile, x.reshape(-1), weight, bias, y.reshape(-1), writes.reshape(-1),
         )  # fmt: skip
-        self.table_bytes, self.tables = round_up(shape.planes * 2 * k.table.copy, 128), BARRIERS + k.zero
+        self.table_bytes, self.tables = round_up(shape.planes * 2 * k.table.copy, 128), self.barriers + k.zero
         ring, base = plan.ring, self.tables + plan.channels * self.table_bytes
         self.layout = RingLayout(base, min(8, plan.channels), ring.stride, ring.plane, ring.group, ring.set)
         self.rows = k.ts * k.mt
@@ -735,7 +741,7 @@ class ForwardNhwc(NhwcBlock):
             Units(self.size, shape.planes, blocks, k.pitch, k.ni, tile.groups, width, self.rows, warps)
             for blocks, warps in ((k.columns.inputs, tile.loaders), (k.columns.outputs, tile.storers))
         )
-        self.built = {}
+        self.built, self.results = {}, {}
 
     def limits(self, item):
         return max(0, item.row0 - self.k.p), min(self.shape.h, item.row1 + self.k.p + 1)
@@ -751,17 +757,21 @@ class ForwardNhwc(NhwcBlock):
             )
         )  # fmt: skip
 
-    def convolve(self, item, j, slot, warp):
-        for g in range(self.tile.groups):
-            c, channel = item.c0 + 8 * g + warp, 8 * g + warp
-            if c < self.shape.c and channel < self.plan.channels:
-                table = self.tables + channel * self.table_bytes
-                if self.built.get(channel) != c:
-                    self.built[channel] = c
-                    self.build(table, self.weight[c])
-                plane = self.layout.base + g * self.layout.group + warp * self.layout.plane
-                acc = self.products(item, j, slot, plane, table + self.k.table.lane_offset())
-                self.put_results(acc + self.bias[c], slot, plane)
+    def convolve(self, item, j, slot, channel):
+        if (c := item.c0 + channel) < self.shape.c:
+            table = self.tables + channel * self.table_bytes
+            if self.built.get(channel) != c:
+                self.built[channel] = c
+                self.build(table, self.weight[c])
+            acc = self.products(item, j, slot, self.plane(channel), table + self.k.table.lane_offset())
+            self.results[item, j, channel] = acc + self.bias[c]
+
+    def finish(self, item, j, slot, channel):
+        if item.c0 + channel < self.shape.c:
+            self.put_results(self.results.pop((item, j, channel)), slot, self.plane(channel))
+
+    def plane(self, channel):
+        return self.layout.base + channel // 8 * self.layout.group + channel % 8 * self.layout.plane
 
     def build(self, table, weight):
         if self.size == 2:
@@ -779,7 +789,8 @@ class ForwardNhwc(NhwcBlock):
         for x, w in TERMS[self.shape.planes]:
             rows = RingRows(
                 plane + x * self.layout.set + k.img * self.layout.stride, (slot + self.plan.halo) * self.rows + row,
-                self.plan.slots * self.rows, h0 + row - lo, min(hi, h0 + self.rows + k.p + 1) - lo, BARRIERS, k.pitch,
+                self.plan.slots * self.rows, h0 + row - lo, min(hi, h0 + self.rows + k.p + 1) - lo, self.barriers,
+                k.pitch,
             )  # fmt: skip
             run = k.accumulate if k.window or k.mt <= 2 else k.accumulate_apart
             run(self.memory, acc, rows, table + w * 2 * k.table.copy, e0, e1, tiles)
@@ -820,7 +831,7 @@ class WeightGradNhwc(NhwcBlock):
         self.k, self.plan, self.tile, self.x, self.dy = k, plan, tile, x.reshape(-1), dy.reshape(-1)
         self.channels = 8 // tile.warps
         self.c0, self.row_group = channel_block * self.channels, row_group
-        rings, base = (plan.x_ring, plan.y_ring), BARRIERS + k.zero
+        rings, base = (plan.x_ring, plan.y_ring), self.barriers + k.zero
         self.xs, self.ys = (
             RingLayout(at, self.channels, ring.stride, ring.plane, 0, ring.set)
             for ring, at in zip(rings, (base, base + shape.planes * plan.x_ring.set), strict=True)
@@ -872,10 +883,10 @@ class WeightGradNhwc(NhwcBlock):
             for x, w in TERMS[self.shape.planes]:
                 lines = RingRows(
                     x_plane + x * self.xs.set, (x_slot + self.plan.halo) * t.rows + row, self.plan.x_slots * t.rows,
-                    h0 + row - lo, hi - lo, BARRIERS, k.x_pitch,
+                    h0 + row - lo, hi - lo, self.barriers, k.x_pitch,
                 )  # fmt: skip
                 ys = y_plane + w * self.ys.set + y_slot * t.rows * k.y_pitch
-                k.accumulate(self.memory, self.acc[warp], lines, ys, h + k.ky // k.ni, rows, BARRIERS, q_lo, q_hi)
+                k.accumulate(self.memory, self.acc[warp], lines, ys, h + k.ky // k.ni, rows, self.barriers, q_lo, q_hi)
         planes, ni = self.shape.planes, k.ni
         self.forget(("y", item, j), 8, self.ys, 1, planes, ni, y_slot * t.rows, t.rows, k.y_pitch)
         self.forget(("x", item, j), 8, self.xs, 1, planes, ni, x_slot * t.rows, t.rows, k.x_pitch)

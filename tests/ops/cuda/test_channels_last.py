@@ -37,11 +37,11 @@ UNITS = [(blocks, groups, images) for blocks, groups, images in itertools.produc
 
 def ring_layout(simulation, slots_rows, blocks, images, groups, channels, planes):
     """As the plan lays it out."""
-    tile = ForwardTile(Columns(blocks, blocks, 0, 1), images, 1, groups, channels, 1, 1, 1, 1)
+    tile = ForwardTile(Columns(blocks, blocks, 0, 1), images, 1, groups, channels, 1, 1, 1, 1, 1)
     rows = plan_cl.set_rows(tile)
     ring = plan_cl._ring(
         Shape(1, channels, 9, 8 * blocks, 3, 3, torch.float16, planes, 16),
-        ForwardTile(tile.columns, images, 1, groups, channels, 1, 1, 1, math.ceil(slots_rows / rows)),
+        ForwardTile(tile.columns, images, 1, groups, channels, 1, 1, 1, 1, math.ceil(slots_rows / rows)),
     )
     pitch, _ = image_stride(1, blocks, images)
     layout = simulation.RingLayout(128, min(8, channels), ring.stride, ring.plane, ring.group, ring.set)
@@ -166,7 +166,8 @@ def forward_tile(rng, shape) -> ForwardTile:
     columns = rng.choice(list(plan_cl._column_cuts(shape)))
     images, tiles = rng.choice(plan_cl._image_counts(shape)), rng.choice((1, 1, 2, 3))
     groups, channels = rng.choice(((2, 16), (1, 8), (1, 4), (1, 2), (1, 1)))
-    tile = ForwardTile(columns, images, tiles, groups, channels, rng.choice((2, 4)), rng.choice((2, 4)), 1, 1)
+    warps, loaders, storers = rng.choice((8, 10, 12, 16)), rng.choice((2, 4)), rng.choice((2, 4))
+    tile = ForwardTile(columns, images, tiles, groups, channels, warps, loaders, storers, 1, 1)
     halo = plan_cl.halo_slots(shape, tile) if shape.h > plan_cl.set_rows(tile) else 0
     return replace(tile, slots=1 + 2 * halo + rng.choice((0, 0, 1, 2, 3)))
 
@@ -217,9 +218,9 @@ def check_forward(ring, shape, gpu, tile, seed):
     for number in range(blocks):
         items = ring.forward_walk(pieces, shape, plan, number)
         assert items, "a block without work"
-        block = ring.Block(seed + number)
-        ledger = ring.Ledger(block, shape, rows, plan.halo, {"x": plan.slots}, (2, 2))
-        block.run(ring.forward_warps(items, plan.halo, plan.slots, (2, 2, 2), ledger))
+        block, consumers = ring.Block(seed + number), (3, 5, 2)[seed % 3]
+        ledger = ring.Ledger(block, shape, rows, plan.halo, {"x": plan.slots}, 3, 2)
+        block.run(ring.forward_warps(items, plan.halo, plan.slots, (consumers, 2, 2), 3, ledger))
         stored += ledger.stored
     channels = range(0, shape.c, plan.channels)
     assert stored == Counter({(warp, c0, *at): 1 for warp in range(2) for c0 in channels for at in places})
@@ -233,7 +234,7 @@ def check_weight_grad(ring, shape, gpu, tile, seed):
         items = ring.weight_grad_walk(pieces, plan.splits, split)
         assert items, "a split without work"
         block, rings = ring.Block(seed + split), (plan.x_slots, plan.y_slots)
-        ledger = ring.Ledger(block, shape, tile.rows, plan.halo, dict(zip("xy", rings, strict=True)), (2, 2))
+        ledger = ring.Ledger(block, shape, tile.rows, plan.halo, dict(zip("xy", rings, strict=True)), 2, 2)
         block.run(ring.weight_grad_warps(items, plan.halo, rings, (2, 2), ledger))
         used += ledger.used
     assert used == Counter({(warp, *at): 1 for warp in range(2) for at in places})
@@ -267,8 +268,8 @@ def tight_forward(ring, slots, lead=1):
     shape = shape_of(1, 1, 9, 8, 3, 3)
     items = [ring.Pieces(shape, 1, 8, 9, 2, lead).item(0)]
     block = ring.Block(0)
-    ledger = ring.Ledger(block, shape, 2, lead, {"x": slots}, (2, 2))
-    block.run(ring.forward_warps(items, lead, slots, (2, 2, 2), ledger))
+    ledger = ring.Ledger(block, shape, 2, lead, {"x": slots}, 2, 2)
+    block.run(ring.forward_warps(items, lead, slots, (2, 2, 2), 2, ledger))
 
 
 def test_one_slot_less_is_a_deadlock(ring):
@@ -286,12 +287,29 @@ def test_a_loader_that_does_not_wait_is_found(ring):
     shape = shape_of(1, 1, 30, 8, 3, 3)
     items = [ring.Pieces(shape, 1, 8, 30, 2, 1).item(0)]
     block = ring.Block(0)
-    ledger = ring.Ledger(block, shape, 2, 1, {"x": 4}, (2, 2))
-    warps = ring.forward_warps(items, 1, 4, (2, 2, 2), ledger)
+    ledger = ring.Ledger(block, shape, 2, 1, {"x": 4}, 2, 2)
+    warps = ring.forward_warps(items, 1, 4, (2, 2, 2), 2, ledger)
     # The first loader's waits go unheard.
     hasty = ((barrier, phase) for barrier, phase in warps[2] if phase is None)
     with pytest.raises(AssertionError):
         block.run([*warps[:2], hasty, *warps[3:]])
+
+
+def test_a_consumer_that_overtakes_its_channel_is_found(ring):
+    shape = shape_of(1, 1, 30, 8, 3, 3)
+    items = [ring.Pieces(shape, 1, 8, 30, 2, 1).item(0)]
+
+    def run(hasty):
+        block = ring.Block(0)
+        ledger = ring.Ledger(block, shape, 2, 1, {"x": 8}, 2, 2)
+        warps = ring.forward_warps(items, 1, 8, (3, 2, 2), 2, ledger)
+        # A barrier that counts to 1 is a channel's; nobody waits for those.
+        unheard = lambda warp: (at for at in warp if at[1] is None or at[0].count > 1)  # noqa: E731
+        block.run([unheard(warp) if hasty else warp for warp in warps])
+
+    run(hasty=False)
+    with pytest.raises(AssertionError, match=r"may not be done|is not done"):
+        run(hasty=True)
 
 
 # ---- both kernels whole
@@ -332,8 +350,8 @@ def run_forward(ring, simulation, shape, gpu, tile):
     for number in range(plan.launch.grid[0]):
         actions = simulation.ForwardNhwc(k, x, weight, bias, plan, shape, tile, copy_width(plan, 10), y, writes)
         items = ring.forward_walk(pieces, shape, plan, number)
-        counts = 8, tile.loaders, tile.storers
-        ring.Block(number).run(ring.forward_warps(items, plan.halo, plan.slots, counts, actions))
+        counts = tile.warps, tile.loaders, tile.storers
+        ring.Block(number).run(ring.forward_warps(items, plan.halo, plan.slots, counts, plan.channels, actions))
     assert (writes == 1).all()
     expected, wide = np.zeros_like(x) + bias, padded(x, shape)
     for i, j in itertools.product(range(shape.kh), range(shape.kw)):

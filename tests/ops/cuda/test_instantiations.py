@@ -194,8 +194,9 @@ def expected_stack(expression: str) -> int:
         # One or two column blocks: up to 56 accumulators beside as few as 80 registers.
         return 48 if blocks == 1 else 88 if blocks == 2 else 0
     if kernel == "forward_nhwc":
-        # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128.
-        return 104 if values[8] > 2 else 24
+        # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128. Else, of sixteen and
+        # twenty warps, whose threads have 128 and 96: what those that move pixels have on their way.
+        return 120 if values[8] > 2 else 56
     if kernel == "weight_grad_diagonal":
         return 0
     if kernel in ("forward_direct", "weight_grad_direct"):

@@ -1,9 +1,9 @@
 // The same convolutions on channels_last tensors.
 //
 // A block works on G groups of 8 neighbouring channels. Loader warps read pixels (16 bytes of each, 32 with two groups), turn
-// them into a plane a channel (movmatrix), and put the rows into a ring in shared memory. Consumer warp k convolves channel k of
-// every group and writes its results over rows that it no longer needs; storer warps turn these back into pixels. Nobody waits
-// for anybody but through the barriers of the ring's slots.
+// them into a plane a channel (movmatrix), and put the rows into a ring in shared memory. Consumer warps convolve a channel and a
+// set of row tiles at a time and write the results over rows that the channel no longer needs; storer warps turn these back into
+// pixels. Nobody waits for anybody but through the barriers of the ring's slots.
 //
 // A slot holds SR rows (those of a set of row tiles) of NI images. The stream of slots of an item (images n0 .., columns col0 ..,
 // rows row0 .. row1) is its input rows from row0 - lead SR on; its output rows j SR .. go to the slot that holds the input rows
@@ -259,26 +259,28 @@ template <int PITCH> struct RingRows {
 };
 
 // Arguments: as forward_nchw; rows an item; channels a block (8 G, or fewer with G = 1); blocks that share sectors; slots of the
-// ring and slots of halo; the ring's layout; flags.
-template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int G, int V, int LOADERS, int STORERS, int MINB>
-__global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nhwc(
+// ring and slots of halo; the ring's layout; flags. WARPS convolve.
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int G, int V, int WARPS, int LOADERS, int STORERS, int MINB>
+__global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forward_nhwc(
     const void* __restrict__ x, const void* __restrict__ weight, const void* __restrict__ bias, void* __restrict__ y, int N, int C, int H, int W,
     int item_rows, int channels, int share, int ring, int lead, int stride, int plane, int group, int set, int flags) {
-  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, 2, 1, 8, LOADERS + STORERS, MINB>;
+  using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, 2, 1, WARPS, LOADERS + STORERS, MINB>;
   using T = typename K::T;
-  constexpr int SR = K::TS * MT, SIZE = DT == F32 ? 4 : 2, BARS = 512;
+  constexpr int SR = K::TS * MT, SIZE = DT == F32 ? 4 : 2;
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  // Barriers of slot s: loaded, convolved, stored.
-  const u32 bars = smem_u32(smem), zero = bars + BARS, tables = zero + K::ZERO;
+  // Barriers of slot s: loaded, convolved, stored; and, behind those of all slots, one a channel: its set has been read.
+  const int all_bars = cdiv(ring * (24 + channels * 8), 128) * 128;
+  const u32 bars = smem_u32(smem), read = bars + ring * 24, zero = bars + all_bars, tables = zero + K::ZERO;
   const RingLayout layout = {tables + channels * K::TABLE, min(8, channels), stride, plane, group, set};
-  if (tid < K::ZERO / 4) ((u32*)(smem + BARS))[tid] = 0;
-  if (tid < ring) warps_init(bars + tid * 24, LOADERS), warps_init(bars + tid * 24 + 8, 8), warps_init(bars + tid * 24 + 16, STORERS);
+  if (tid < K::ZERO / 4) ((u32*)(smem + all_bars))[tid] = 0;
+  if (tid < ring) warps_init(bars + tid * 24, LOADERS), warps_init(bars + tid * 24 + 8, WARPS), warps_init(bars + tid * 24 + 16, STORERS);
+  if (tid < ring * channels) warps_init(read + tid * 8, 1);
   __syncthreads();
   const NhwcWalk walk(NhwcPieces(N, H, W, NI, CBO * 8, item_rows, SR, lead), C, channels, share);
   RingAt p;
 
-  if (warp >= 8 + LOADERS) {
+  if (warp >= WARPS + LOADERS) {
     for (i64 item = walk.first; item < walk.last; item++) {
       const NhwcItem it(walk, item);
       for (int j = 0; j < it.slots; j++, p.next(ring)) {
@@ -286,11 +288,11 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
         const int h0 = it.row0 + j * SR;
         if (j < it.sets && it.c0 < C)
           Units<DT, NP, CBO, K::PITCH, NI, G, 8, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
-                                                        W - it.col0, H, W, C, min(C - it.c0, channels), warp - 8 - LOADERS, lane);
+                                                        W - it.col0, H, W, C, min(C - it.c0, channels), warp - WARPS - LOADERS, lane);
         warp_arrive(bars + p.slot * 24 + 16, lane);
       }
     }
-  } else if (warp >= 8) {
+  } else if (warp >= WARPS) {
     for (i64 item = walk.first; item < walk.last; item++) {
       const NhwcItem it(walk, item);
       const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
@@ -299,7 +301,7 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
         const u32 stored = bars + p.slot * 24 + 16;
         const int round = p.round;
         Units<DT, NP, CBI, K::PITCH, NI, G, 8, V, SR, LOADERS, 8>::load(layout, p.slot * SR + h0 - top, (const u8*)x + (((i64)it.n0 * H + h0) * W * C + it.c0) * SIZE, N - it.n0, rows,
-                                                     it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - 8, lane, [=] {
+                                                     it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - WARPS, lane, [=] {
                                                        if (round > 0) bar_wait(stored, (round - 1) & 1);
                                                      });
         warp_arrive(bars + p.slot * 24, lane);
@@ -308,33 +310,39 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
   } else {
     const int img = (lane & 15) % NI, off = (lane & 15) / NI + (lane >> 4);
     const float floor = flags & RELU ? 0.f : -__int_as_float(0x7f800000);
-    RingAt ready;
-    int ahead = 0, built = -1;
+    // Pairs (slot, channel), in order, go to the warps by turns: this warp's next is `turn` channels ahead. Where that gives every
+    // warp channels of its own, they need not wait for each other.
+    const bool own = channels % WARPS == 0;
+    RingAt ready, before;
+    int ahead = 0, built = -1, turn = warp;
     for (i64 item = walk.first; item < walk.last; item++) {
       const NhwcItem it(walk, item);
       const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
-      if (built != it.c0)
+      if (built != it.c0) {
+        if (!own) asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
 #pragma unroll 1
-        for (int g = 0; g < G; g++)
-          if (const int c = it.c0 + 8 * g + warp; c < C && 8 * g + warp < channels)
-            T::template build<DT, NP, 32>(tables + (8 * g + warp) * K::TABLE, (const u8*)weight + (i64)c * (KH * KW) * SIZE, flags & FLIP, lane);
-      built = it.c0;
-      __syncwarp();
-      for (int j = 0; j < it.slots; j++, p.next(ring), ahead--) {
+        for (int channel = warp; channel < channels; channel += WARPS)
+          if (const int c = it.c0 + channel; c < C) T::template build<DT, NP, 32>(tables + channel * K::TABLE, (const u8*)weight + (i64)c * (KH * KW) * SIZE, flags & FLIP, lane);
+        if (!own) asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+        __syncwarp();
+        built = it.c0;
+      }
+      for (int j = 0; j < it.slots; j++, p.next(ring), ahead--, turn -= channels) {
         for (const int need = min(j + 2 * lead, it.slots - 1) - j; ahead <= need; ahead++, ready.next(ring)) bar_wait(bars + ready.slot * 24, ready.round & 1);
-        if (j < it.sets) {
-          const int h0 = it.row0 + j * SR, tiles = min(MT, cdiv(it.row1 - h0, K::TS));
-          const int e0 = max(0, K::P - h0 - K::GR) & ~1, e1 = min(K::KHP + K::TS * (tiles - 1), H - h0 + K::P);
+        const int h0 = it.row0 + j * SR, tiles = min(MT, cdiv(it.row1 - h0, K::TS));
+        const int e0 = max(0, K::P - h0 - K::GR) & ~1, e1 = min(K::KHP + K::TS * (tiles - 1), H - h0 + K::P);
 #pragma unroll 1
-          for (int g = 0; g < G; g++) {
-            const int c = it.c0 + 8 * g + warp;
-            if (c >= C || 8 * g + warp >= channels) break;
-            typename K::Acc acc;
+        for (; turn < channels; turn += WARPS) {
+          const int c = it.c0 + turn;
+          const u32 mine = layout.base + turn / 8 * group + turn % 8 * plane, table = tables + turn * K::TABLE + T::lane_offset(lane);
+          const u32 done = read + (p.slot * channels + turn) * 8;
+          const bool convolves = j < it.sets && c < C;
+          typename K::Acc acc;
+          if (convolves) {
 #pragma unroll
             for (int t = 0; t < MT; t++)
 #pragma unroll
               for (int b = 0; b < CBO; b++) acc[t][b][0] = acc[t][b][1] = acc[t][b][2] = acc[t][b][3] = 0.f;
-            const u32 mine = layout.base + g * group + warp * plane, table = tables + (8 * g + warp) * K::TABLE + T::lane_offset(lane);
             const int row = off + e0 - K::P;
 #pragma unroll 1
             for (int i = 0; i < Terms<NP>::N; i++) {
@@ -342,27 +350,32 @@ __global__ __launch_bounds__((8 + LOADERS + STORERS) * 32, MINB) void forward_nh
               if constexpr (K::WINDOW || MT <= 2) K::accumulate(acc, rows, table + Terms<NP>::w(i) * T::PLANE, e0, e1, tiles);
               else K::accumulate_apart(acc, rows, table + Terms<NP>::w(i) * T::PLANE, e0, e1, tiles);
             }
-            const float shift = bias ? load_float<DT>(bias, c) : 0.f;
-            __syncwarp();
-#pragma unroll
-            for (int t = 0; t < MT; t++)
-#pragma unroll
-              for (int b = 0; b < CBO; b++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                  const int m = (lane >> 2) + 8 * half;
-                  const u32 to = mine + m % NI * stride + (p.slot * SR + m / NI + K::TS * t) * K::PITCH + b * 16 + (lane & 3) * 4;
-                  const float v0 = max_nan(acc[t][b][2 * half] + shift, floor), v1 = max_nan(acc[t][b][2 * half + 1] + shift, floor);
-                  if constexpr (DT == F32) {
-                    const u32 u0 = __float_as_uint(v0), u1 = __float_as_uint(v1);
-                    sts32(to, u0 >> 16 | (u1 & 0xffff0000u));
-                    sts32(to + set, (u0 & 0xffff) | u1 << 16);
-                  } else
-                    sts32(to, pack2<DT>(v0, v1));
-                }
           }
+          // The channel's slot before, which another warp may have, must have been read before this one's rows are written over.
+          if (!own && before.slot != p.slot) bar_wait(read + (before.slot * channels + turn) * 8, before.round & 1);
+          __syncwarp();
+          if (!own) warp_arrive(done, lane);
+          if (!convolves) continue;
+          const float shift = bias ? load_float<DT>(bias, c) : 0.f;
+#pragma unroll
+          for (int t = 0; t < MT; t++)
+#pragma unroll
+            for (int b = 0; b < CBO; b++)
+#pragma unroll
+              for (int half = 0; half < 2; half++) {
+                const int m = (lane >> 2) + 8 * half;
+                const u32 to = mine + m % NI * stride + (p.slot * SR + m / NI + K::TS * t) * K::PITCH + b * 16 + (lane & 3) * 4;
+                const float v0 = max_nan(acc[t][b][2 * half] + shift, floor), v1 = max_nan(acc[t][b][2 * half + 1] + shift, floor);
+                if constexpr (DT == F32) {
+                  const u32 u0 = __float_as_uint(v0), u1 = __float_as_uint(v1);
+                  sts32(to, u0 >> 16 | (u1 & 0xffff0000u));
+                  sts32(to + set, (u0 & 0xffff) | u1 << 16);
+                } else
+                  sts32(to, pack2<DT>(v0, v1));
+              }
         }
         warp_arrive(bars + p.slot * 24 + 8, lane);
+        before = p;
       }
     }
   }

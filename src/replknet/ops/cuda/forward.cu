@@ -32,6 +32,8 @@ struct Forward {
   // a step has so many products that it pays.
   static constexpr int REGISTERS = cmin(255, 65536 / (32 * MINB * 4 * cdiv(WARPS + PROD, 4)));
   static constexpr int AHEAD = MT != 2 || (WINDOW && CBI < 7) ? 1 : cmax(1, cmin(CBI, (REGISTERS - 44 - MT * CBO * 4 - (WINDOW ? 2 : 4) * MT * ND) / 4 - 1));
+  // Whether fragments of the next step have registers of their own.
+  static constexpr bool EARLY = !WINDOW && REGISTERS - 44 - MT * CBO * 4 - 4 * MT * ND >= 0;
   using Load = Loader<DT, NP, CBI, PITCH, V, PROD>;
   using Words = typename T::template Words<DT, NP, PROD * 32>;
 
@@ -59,10 +61,13 @@ struct Forward {
     else Load::rows(to, x, base, images, it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W, stride, plane, tid);
   }
 
+  // Of a kernel row pair that does not exist: zeros, or anything where nothing is multiplied by it.
+  static constexpr bool EXISTS = MT == 1 || (MT == 2 && KHP >= TS);
   static __device__ __forceinline__ void load_fragments(u32 (&b)[ND][2], u32 table, int e) {
-    if ((unsigned)e < (unsigned)KHP) {
+    if (EXISTS || (unsigned)e < (unsigned)KHP) {
+      const int pair = EXISTS ? min(max(e, 0), KHP - 2) >> 1 : e >> 1;
 #pragma unroll
-      for (int d = 0; d < ND; d++) lds64(b[d], table + (e >> 1) * (T::NU * 8) + d * 32);
+      for (int d = 0; d < ND; d++) lds64(b[d], table + pair * (T::NU * 8) + d * 32);
     } else {
 #pragma unroll
       for (int d = 0; d < ND; d++) b[d][0] = b[d][1] = 0;
@@ -91,40 +96,40 @@ struct Forward {
   }
 
   // Steps e .. e_end of the first `tiles` tiles. x: this lane's input row at step e. Tiles a row pair apart share fragments: tile t
-  // needs at a step those of tile t - 1 at the step before, so they stay in their registers and the tiles take turns; the loop is
-  // unrolled to make the turns known to the compiler.
+  // needs at a step those of tile t - 1 at the step before, so they stay in their registers and the tiles take turns. Tiles further
+  // apart share none: where registers are free, those of the next step are on their way during this one, and two sets of registers
+  // take turns. The loop is unrolled to make the turns known to the compiler.
   template <class Rows> static __device__ __forceinline__ void accumulate(Acc& acc, Rows x, u32 table, int e, int e_end, int tiles) {
-    Fragments b;
+    constexpr int TURNS = WINDOW ? MT : EARLY ? 2 : 1;
+    Fragments b[EARLY ? 2 : 1];
     u32 a[AHEAD][4], row = x.address();
 #pragma unroll
     for (int c = 0; c < AHEAD; c++) ldsm4(a[c], row + c * 16);
 #pragma unroll
-    for (int t = 0; t < MT; t++) load_fragments(b[t], table, e - TS * t);
+    for (int t = 0; t < MT; t++) load_fragments(b[0][t], table, e - TS * t);
 #pragma unroll 1
     while (true)
 #pragma unroll
-      for (int turn = 0; turn < (WINDOW ? MT : 1); turn++) {
+      for (int turn = 0; turn < TURNS; turn++) {
+        Fragments &mine = b[EARLY ? turn : 0], &next_step = b[EARLY ? 1 - turn : 0];
+        const int shift = WINDOW ? turn : 0;
         x.next();
         const u32 next = x.address();
-        // Tiles further apart share no fragments: those of the next step are on their way during this one.
-        Fragments ahead;
-        if constexpr (!WINDOW)
+        if constexpr (EARLY)
 #pragma unroll
-          for (int t = 0; t < MT; t++) load_fragments(ahead[t], table, e + 2 - TS * t);
+          for (int t = 0; t < MT; t++) load_fragments(next_step[t], table, e + 2 - TS * t);
         if constexpr (MT == 2) {
-          if (e < TS || tiles == 1) multiply<0, 0>(acc, a, row, next, b, turn);
-          else if (e >= KHP) multiply<1, 1>(acc, a, row, next, b, turn);
-          else multiply<0, 1>(acc, a, row, next, b, turn);
+          if (e < TS || tiles == 1) multiply<0, 0>(acc, a, row, next, mine, shift);
+          else if (e >= KHP) multiply<1, 1>(acc, a, row, next, mine, shift);
+          else multiply<0, 1>(acc, a, row, next, mine, shift);
         } else
-          multiply<0, MT - 1>(acc, a, row, next, b, turn);
+          multiply<0, MT - 1>(acc, a, row, next, mine, shift);
         row = next, e += 2;
         if (e >= e_end) return;
-        if constexpr (WINDOW) load_fragments(b[(2 * MT - 1 - turn) % MT], table, e);
-        else
+        if constexpr (WINDOW) load_fragments(mine[(2 * MT - 1 - turn) % MT], table, e);
+        else if constexpr (!EARLY)
 #pragma unroll
-          for (int t = 0; t < MT; t++)
-#pragma unroll
-            for (int d = 0; d < ND; d++) b[t][d][0] = ahead[t][d][0], b[t][d][1] = ahead[t][d][1];
+          for (int t = 0; t < MT; t++) load_fragments(mine[t], table, e - TS * t);
       }
   }
 
