@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from replknet.data import IGNORE
 from replknet.layers import PointwiseConv2d
+from replknet.tasks import classification
 from replknet.tasks.classification import Classification, ModelDescription, OptimizationConfig, count_correct
 from replknet.tasks.mixing import MixingConfig
 from replknet.tasks.schedules import WarmupCosine
@@ -141,6 +142,35 @@ def test_averaged_weights_start_as_the_model_and_are_a_copy():
     assert not any(p.requires_grad for p in module.ema.parameters())
     assert all(key.startswith("model.") for key in module.state_dict())
     assert make(model, total=8, ema_decay=0).ema is None
+
+
+class Addresses(lightning.Callback):
+    """Where the gradients of each optimizer step lie."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append([p.grad.data_ptr() for p in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_that_add_up_beside_cuda_graphs_have_memory_of_their_own(tmp_path, monkeypatch, accumulate):
+    """Without a GPU: the training that goes with CUDA graphs, around a network that is not compiled."""
+    calls = []
+    monkeypatch.setattr(classification, "takes_cuda_graphs", lambda speed, strategy: speed == "compiled")
+    monkeypatch.setattr(classification, "optimize", lambda *args, **options: calls.append(options))
+    torch.manual_seed(0)
+    model = Net().double()
+    expected, _ = by_hand(copy.deepcopy(model), data(), 3, accumulate, 0.3)
+    module, addresses = make(model, total=3 * 8 // accumulate, speed="compiled"), Addresses()
+    options = {"max_epochs": 3, "accumulate_grad_batches": accumulate, "gradient_clip_val": 0.3}
+    run(tmp_path, module, data(), callbacks=[addresses], **options)
+    assert calls == [{"compile": True, "cuda_graph": True}]
+    if accumulate > 1:
+        assert addresses.seen == [[p.grad.data_ptr() for p in model.parameters()]] * 6
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(module.model.state_dict()[key], value, atol=1e-11, rtol=1e-9, msg=key)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])

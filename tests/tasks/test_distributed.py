@@ -112,3 +112,24 @@ def test_sharded_processes_equal_one_and_go_on(small_config, digits_folder, tmp_
     launch(small_config(digits_folder, half / "run", **sharded, resume="auto"), half, 2)
     whole = [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in records(tmp_path / "two/run")]
     assert [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in records(half / "run")] == whole
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_two_gpus_learn_the_same_compiled(digits_folder, tmp_path):
+    """With batch norms that both share, which torch.compile leaves out; without CUDA graphs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA GPUs; there are {torch.cuda.device_count()}")
+    words = ["train", "replknet_nano", "--data", str(digits_folder), "--image_size", "64", "--epochs", "2"]
+    words += ["--global_batch", "16", "--max_batch_per_device", "4", "--lr", "5e-4", "--clip_grad", "1"]
+    words += ["--drop_path", "0", "--loader.workers", "0", "--log_every", "1", "--progress", "false"]
+    for speed in ("plain", "compiled"):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, "-m", "replknet", *words, "--speed", speed, "--output", str(tmp_path / speed)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr[-3000:]
+    pairs = list(zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True))
+    assert len(pairs) == 8 + 2
+    for a, b in pairs:
+        key = "train/loss" if "train/loss" in a else "val/loss"
+        assert a[key] == pytest.approx(b[key], rel=0.02), (a["step"], key)

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import yaml
 from replknet._errors import RunError, UsageError
 from replknet.cli import main
 from replknet.data import NO_AUGMENTATION
+from replknet.tasks import classification
 from replknet.tasks.stopping import RunStoppedError
 from replknet.tasks.train import TrainConfig, _warn_of_slow_average, train
 from replknet.tasks.trainer import Hardware
@@ -238,6 +242,91 @@ def test_an_optimised_run_goes_on_to_the_last_bit(small_config, reference, digit
     train(replace(parts, resume=str(whole.folder), output=str(tmp_path / "plain"), speed="plain"))
 
 
+def test_the_automatic_speed_is_said_and_recorded(small_config, digits_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "replknet.tasks.train")
+    hardware = Hardware(accelerator="cpu")
+    train(small_config(digits_folder, tmp_path, epochs=1, warmup_steps=2, hardware=hardware))
+    (said,) = [record.getMessage() for record in caplog.records if "speed auto is" in record.getMessage()]
+    recorded = json.loads((tmp_path / "environment.json").read_text())["speed"]
+    assert said == f"speed auto is {recorded['name']} here: {recorded['reason']}"
+    assert recorded["name"] == "eager"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["speed"] == "auto"
+    caplog.clear()
+    train(small_config(digits_folder, tmp_path, epochs=1, warmup_steps=2, speed="plain", overwrite=True))
+    assert "speed auto" not in caplog.text
+
+
+def test_the_command_shows_what_the_automatic_speed_came_to(digits_folder, tmp_path):
+    words = ["train", "test_resnet", "--data", str(digits_folder), "--output", str(tmp_path / "run"), "--epochs", "1"]
+    words += ["--global_batch", "32", "--image_size", "16", "--loader.workers", "0", "--progress", "false"]
+    command = [sys.executable, "-m", "replknet", *words, "--hardware.accelerator", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.count("INFO: speed auto is eager here: ") == 1
+
+
+class Gradients(lightning.Callback):
+    """Those of every optimizer step, as one vector each."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(torch.cat([p.grad.flatten() for p in pl_module.model.parameters()]).double().cpu())
+
+
+def compiles_for_cuda(test):
+    """Lets torch say that it captures an empty graph, to set up memory for others, and that float32 stays float32."""
+    for message in ("The CUDA Graph is empty", "TensorFloat32 tensor cores"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return test
+
+
+ON_ONE_GPU = {"model": "replknet_nano", "image_size": 64, "hardware": Hardware(accelerator="gpu", devices=1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@compiles_for_cuda
+def test_a_run_with_cuda_graphs_goes_on_as_if_nobody_interrupted_it(small_config, digits_folder, tmp_path, cuda):
+    torch._dynamo.reset()
+    options = {**ON_ONE_GPU, "speed": "compiled", "max_batch_per_device": 4, "clip_grad": 1.0}
+    whole = train(small_config(digits_folder, tmp_path / "whole", **options))
+    torch._dynamo.reset()
+    parts = small_config(digits_folder, tmp_path / "parts", resume="auto", **options)
+    with pytest.raises(RunStoppedError):
+        train(parts, callbacks=[SignalAt(9)])
+    torch._dynamo.reset()
+    train(parts)
+    assert losses(tmp_path / "parts") == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses(whole.folder)]
+    got, want = (state(run / "checkpoints/last.ckpt") for run in (tmp_path / "parts", whole.folder))
+    for name in ("state_dict", "model_ema"):
+        for key, value in want[name].items():
+            torch.testing.assert_close(got[name][key], value, rtol=1e-3, atol=1e-4, msg=f"{name}/{key}")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@compiles_for_cuda
+@pytest.mark.parametrize(("precision", "largest"), [("fp32", 2), ("fp16", 2), ("bf16", 8)])
+def test_cuda_graphs_change_no_gradient(small_config, digits_folder, tmp_path, cuda, monkeypatch, precision, largest):
+    """Of steps of four micro-batches, or one; at learning rate 0, so that no difference grows."""
+    still = {"epochs": 1, "warmup_steps": 0, "lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0}
+    hardware = replace(ON_ONE_GPU["hardware"], precision=precision)
+    options = {**ON_ONE_GPU, **still, "speed": "compiled", "max_batch_per_device": largest, "hardware": hardware}
+    with_graphs, without = Gradients(), Gradients()
+    torch._dynamo.reset()
+    train(small_config(digits_folder, tmp_path / "with", **options), callbacks=[with_graphs])
+    torch._dynamo.reset()
+    monkeypatch.setattr(classification, "takes_cuda_graphs", lambda speed, strategy: False)
+    train(small_config(digits_folder, tmp_path / "without", **options), callbacks=[without])
+    pairs = list(zip(with_graphs.seen, without.seen, strict=True))
+    # Steps whose loss was scaled beyond float16 are skipped by both.
+    finite = [(got, want) for got, want in pairs if torch.isfinite(want).all()]
+    assert len(finite) >= 4
+    for got, want in finite:
+        assert float((got - want).norm() / want.norm()) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -298,7 +387,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(small_
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
         ({"ema_decay": 1.0}, "ema_decay"),
-        ({"speed": "fast"}, "plain, eager, compiled"),
+        ({"speed": "fast"}, "auto, plain, eager, compiled"),
         ({"speed": "eager", "hardware": Hardware(strategy="fsdp")}, "speed must be plain"),
         ({"warmup_epochs": 3}, "warm-up of 24 steps"),
         ({"freeze": ["stem"]}, "no module is named 'stem'"),

@@ -13,6 +13,7 @@ Run a recipe, go on after an interruption, and change options of it (those after
 docs/training.md explains the options that belong together.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    # What --speed auto came to.
+    logging.getLogger("replknet.tasks.train").setLevel(logging.INFO)
     result = train(config_from(args))
     if not _env.is_first_process():
         return

@@ -68,7 +68,8 @@ def optimize(
             Images may come in any.
         compile: compile with torch.compile; None does so on CUDA. Elsewhere it needs a C++ compiler.
         cuda_graph: compiled code also captures CUDA graphs, which removes the host's launch times; outputs are then
-            overwritten by the next call. Inputs of one shape only make sense.
+            overwritten by the next call, gradients too: those of several backward passes add up rightly only where
+            every parameter has a `grad` (of zeros, say) before the first. Inputs of one shape only make sense.
         autotune: let the compiler time its choices of matrix products; the first call takes minutes.
         recompute: compiled training stores no norm's and no activation's output but computes it again in backward: a
             third less memory at some of the speed. The model's own `set_grad_checkpointing` goes further.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning
 import torch
@@ -19,9 +19,7 @@ from replknet.tasks.mixing import Mixing, MixingConfig
 from replknet.tasks.parameter_groups import parameter_groups
 from replknet.tasks.randomness import seed_batch
 from replknet.tasks.schedules import WarmupCosine
-
-Speed = Literal["plain", "eager", "compiled"]
-SPEEDS: tuple[Speed, ...] = get_args(Speed)
+from replknet.tasks.speed import ResolvedSpeed, takes_cuda_graphs
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ class Classification(lightning.LightningModule):
         seed: of mixup, drop path and dropout; see `randomness.seed_batch`.
         frozen: modules of `model` that stay as they are, batch-norm statistics included.
         speed: "plain" trains the model as it was built; "eager" and "compiled" as `replknet.optimize` makes it, without
-            and with torch.compile. What is computed differs by rounding only, and checkpoints are the same.
+            and with torch.compile (and CUDA graphs, see `speed.takes_cuda_graphs`). What is computed differs by
+            rounding only, but for the random numbers of drop path compiled for a GPU; checkpoints are the same.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Classification(lightning.LightningModule):
         ema_decay: float = 0.0,
         seed: int = 0,
         frozen: tuple[nn.Module, ...] = (),
-        speed: Speed = "plain",
+        speed: ResolvedSpeed = "plain",
     ) -> None:
         super().__init__()
         self.model = model
@@ -99,7 +98,7 @@ class Classification(lightning.LightningModule):
         self.optimization = optimization
         self.mixing = Mixing(mixing or MixingConfig(), description.num_classes)
         self.seed = seed
-        self.speed = speed
+        self.speed: ResolvedSpeed = speed
         # In tuples, so that neither is registered: DDP, SyncBN conversion and state_dict see the raw model only.
         self._frozen = frozen
         self._ema = (ModelEmaV3(model, decay=ema_decay).requires_grad_(False),) if ema_decay else ()
@@ -108,6 +107,7 @@ class Classification(lightning.LightningModule):
         self.scores: dict[str, float] = {}
         # Of the latest micro-batch, for logs.
         self.last_loss = torch.zeros(())
+        self._keeps_gradients = False
 
     @property
     def ema(self) -> nn.Module | None:
@@ -120,8 +120,13 @@ class Classification(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """On the model's device, and before a strategy wraps it: `optimize` chooses by the one and alters the other."""
         if stage == "fit" and self.speed != "plain":
-            self.model.to(self.trainer.strategy.root_device)
-            optimize(self.model, "training", compile=self.speed == "compiled")
+            strategy = self.trainer.strategy
+            self.model.to(strategy.root_device)
+            cuda_graph = takes_cuda_graphs(self.speed, strategy)
+            optimize(self.model, "training", compile=self.speed == "compiled", cuda_graph=cuda_graph)
+            # A CUDA graph's gradients lie in its own memory, which the next micro-batch overwrites, and autograd takes
+            # the first of them for `grad` itself. Where micro-batches add up, `grad` is therefore there beforehand.
+            self._keeps_gradients = cuda_graph and self.trainer.accumulate_grad_batches > 1
             for ema in self._ema:
                 ema.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -141,6 +146,10 @@ class Classification(lightning.LightningModule):
         self.train()
         for ema in self._ema:
             ema.to(self.device)
+        if self._keeps_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def train(self, mode: bool = True) -> "Classification":
         super().train(mode)
@@ -167,6 +176,9 @@ class Classification(lightning.LightningModule):
             group["lr"] = lr * group["lr_scale"]
             if group["decays"]:
                 group["weight_decay"] = weight_decay
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self._keeps_gradients)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

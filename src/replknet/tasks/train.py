@@ -21,11 +21,12 @@ from replknet.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ImageData, 
 from replknet.tasks import run_folder
 from replknet.tasks.batching import BatchPlan, plan_batch
 from replknet.tasks.checkpoints import BEST, LAST, RunCheckpoints, find_resume, read_position
-from replknet.tasks.classification import SPEEDS, Classification, ModelDescription, OptimizationConfig, Speed
+from replknet.tasks.classification import Classification, ModelDescription, OptimizationConfig
 from replknet.tasks.fine_tuning import build_model, frozen_modules
 from replknet.tasks.logs import Progress, RunLogger, TrainingLog, make_loggers, read_metrics
 from replknet.tasks.mixing import MixingConfig
 from replknet.tasks.schedules import WarmupCosine
+from replknet.tasks.speed import SPEEDS, ChosenSpeed, ResolvedSpeed, Speed, resolve_speed
 from replknet.tasks.stopping import StopRequest
 from replknet.tasks.trainer import Hardware, describe_hardware, make_trainer, quiet
 
@@ -59,8 +60,10 @@ class TrainConfig:
         drop_path: drop path rate of the last layer; None keeps the model's default.
         activation_checkpointing: recompute activations in the backward pass: less memory, more time.
         speed: train the model "plain", as it was built, or as `replknet.optimize` makes it: "eager", in the form that
-            is fast on this device, or "compiled", by torch.compile as well, which GPUs gain most from and which makes
-            the first step take minutes. What is computed differs by rounding only.
+            is fast on this device, or "compiled", by torch.compile as well (with CUDA graphs in one process on a GPU),
+            which makes the first steps take minutes. What is computed differs by rounding only, but that drop path
+            compiled for a GPU draws other random numbers. "auto": see `speed.resolve_speed`; the log
+            and environment.json say what it came to.
         augmentation: training transforms; by default the data's own.
         epochs: passes over the training set.
         global_batch: images of one optimizer step, over all devices and accumulation steps.
@@ -116,7 +119,7 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)
     drop_path: float | None = None
     activation_checkpointing: bool = False
-    speed: Speed = "plain"
+    speed: Speed = "auto"
     augmentation: Augmentation | None = None
     epochs: int = 10
     global_batch: int = 64
@@ -255,9 +258,10 @@ def _train(
     data = data or _make_data(config, plan)
     data.batch_size = plan.per_device
     steps = plan.steps_per_epoch(data.num_train)
+    speed = resolve_speed(config.speed, trainer.strategy, steps * config.epochs, plan.accumulation)
     # A checkpoint of the run brings its own weights.
     start = replace(config, weights=None, pretrained=False) if resume else config
-    module = _make_module(start, data, steps)
+    module = _make_module(start, data, steps, speed.name)
     identity = _identity(config, data, plan)
     position = read_position(resume, identity) if resume else {"epoch": 0, "batch": 0, "step": 0}
     trainer.accumulate_grad_batches = plan.accumulation
@@ -268,7 +272,8 @@ def _train(
     stop = StopRequest(saving={signal.SIGTERM} if _env.submitit_executor() else ())
     trainer.callbacks += _own_callbacks(config, folder, plan, identity, stop, on_stop)  # type: ignore[attr-defined]
     run_folder.prepare(folder, keep=goes_on)
-    _write_description(folder, config, plan, trainer, steps)
+    _say_speed(config, speed)
+    _write_description(folder, config, plan, trainer, steps, speed)
     _start_log(loggers, position["step"], _plain(config))
     _warn_of_slow_average(config.ema_decay, steps * config.epochs)
     try:
@@ -306,6 +311,12 @@ def _check_compiler(config: TrainConfig, trainer: lightning.Trainer) -> None:
             f"speed compiled needs a C++ compiler on a CPU, and there is no {' or '.join(names)}: install one "
             "(CXX names another), or set speed eager"
         )
+
+
+@rank_zero_only
+def _say_speed(config: TrainConfig, speed: ChosenSpeed) -> None:
+    if config.speed == "auto":
+        _logger.info("speed auto is %s here: %s", speed.name, speed.reason)
 
 
 def _own_callbacks(
@@ -358,7 +369,7 @@ def _checked(config: TrainConfig) -> TrainConfig:
         raise UsageError(f"ema_decay must be in [0, 1), got {config.ema_decay}")
     if config.speed not in SPEEDS:
         raise UsageError(f"speed must be one of {', '.join(SPEEDS)}, got {config.speed!r}")
-    if config.hardware.strategy == "fsdp" and config.speed != "plain":
+    if config.hardware.strategy == "fsdp" and config.speed not in ("auto", "plain"):
         raise UsageError(
             f"--hardware.strategy fsdp shards the model as it was built: speed must be plain, got {config.speed}"
         )
@@ -389,7 +400,7 @@ def _make_data(config: TrainConfig, plan: BatchPlan) -> ImageData:
     )
 
 
-def _make_module(config: TrainConfig, data: ImageData, steps_per_epoch: int) -> Classification:
+def _make_module(config: TrainConfig, data: ImageData, steps_per_epoch: int, speed: ResolvedSpeed) -> Classification:
     kwargs = dict(config.model_kwargs)
     if config.drop_path is not None:
         kwargs["drop_path_rate"] = config.drop_path
@@ -425,7 +436,7 @@ def _make_module(config: TrainConfig, data: ImageData, steps_per_epoch: int) -> 
         ema_decay=config.ema_decay,
         seed=config.seed,
         frozen=frozen,
-        speed=config.speed,
+        speed=speed,
     )
 
 
@@ -453,11 +464,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 @rank_zero_only
 def _write_description(
-    folder: Path, config: TrainConfig, plan: BatchPlan, trainer: lightning.Trainer, steps: int
+    folder: Path, config: TrainConfig, plan: BatchPlan, trainer: lightning.Trainer, steps: int, speed: ChosenSpeed
 ) -> None:
     derived = asdict(plan) | {"steps_per_epoch": steps, "steps": steps * config.epochs}
     hardware = describe_hardware(trainer, config.hardware.precision)
-    run_folder.describe(folder, _plain(config), {"batch": derived, "hardware": hardware})
+    described = {"batch": derived, "hardware": hardware, "speed": speed._asdict()}
+    run_folder.describe(folder, _plain(config), described)
 
 
 def _start_log(loggers: Sequence[Logger], step: int, options: dict[str, Any]) -> None:

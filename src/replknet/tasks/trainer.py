@@ -37,6 +37,8 @@ _SUPERFLUOUS_WARNINGS = (
     "The `srun` command is available",
     # Frozen modules are meant to be in eval mode.
     r"Found \d+ module\(s\) in eval mode",
+    # torch captures an empty one to set up the memory of CUDA graphs.
+    "The CUDA Graph is empty",
 )
 _LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
