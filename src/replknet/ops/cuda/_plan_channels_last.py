@@ -268,7 +268,7 @@ def _forward_time(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
     spare = tile.slots - 1 - 2 * plan.halo
     tight = 1.6 if spare < 1 else 1.08 if spare < 2 and tile.tiles == 2 and shape.h > rows else 1.0
     # Warps that share channels wait for one another before the first product.
-    start = 6_000 if tile.channels % tile.warps == 0 else 10_000
+    start = 6_000 if tile.channels % tile.warps == 0 else 7_000
     return start + rounds * (convolved + moved + slots) * tight
 
 

@@ -274,8 +274,12 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
   const u32 bars = smem_u32(smem), read = bars + ring * 24, zero = bars + all_bars, tables = zero + K::ZERO;
   const RingLayout layout = {tables + channels * K::TABLE, min(8, channels), stride, plane, group, set};
   if (tid < K::ZERO / 4) ((u32*)(smem + all_bars))[tid] = 0;
-  if (tid < ring) warps_init(bars + tid * 24, LOADERS), warps_init(bars + tid * 24 + 8, WARPS), warps_init(bars + tid * 24 + 16, STORERS);
-  if (tid < ring * channels) warps_init(read + tid * 8, 1);
+  // Whether every warp has channels of its own, and need not wait for others that convolve.
+  const bool own = channels % WARPS == 0;
+  // A warp makes its barriers one after the other: they are shared out among the warps.
+  const int number = lane * (WARPS + LOADERS + STORERS) + warp;
+  if (number < ring * 3) warps_init(bars + number * 8, number % 3 == 0 ? LOADERS : number % 3 == 1 ? WARPS : STORERS);
+  if (!own && number < ring * channels) warps_init(read + number * 8, 1);
   __syncthreads();
   const NhwcWalk walk(NhwcPieces(N, H, W, NI, CBO * 8, item_rows, SR, lead), C, channels, share);
   RingAt p;
@@ -310,9 +314,7 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
   } else {
     const int img = (lane & 15) % NI, off = (lane & 15) / NI + (lane >> 4);
     const float floor = flags & RELU ? 0.f : -__int_as_float(0x7f800000);
-    // Pairs (slot, channel), in order, go to the warps by turns: this warp's next is `turn` channels ahead. Where that gives every
-    // warp channels of its own, they need not wait for each other.
-    const bool own = channels % WARPS == 0;
+    // Pairs (slot, channel), in order, go to the warps by turns: this warp's next is `turn` channels ahead.
     RingAt ready, before;
     int ahead = 0, built = -1, turn = warp;
     for (i64 item = walk.first; item < walk.last; item++) {
@@ -397,7 +399,8 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
   const RingLayout xs = {zero + K::ZERO, CH, xstride, xplane, 0, xset};
   const RingLayout ys = {xs.base + NP * xset, CH, ystride, yplane, 0, yset};
   for (int e = tid; e < K::ZERO / 4; e += (8 + LOADERS) * 32) ((u32*)(smem + BARS))[e] = 0;
-  if (tid < xring + yring) warps_init(xbars + tid * 16, LOADERS), warps_init(xbars + tid * 16 + 8, 8);
+  const int number = lane * (8 + LOADERS) + warp;
+  if (number < 2 * (xring + yring)) warps_init(xbars + number * 8, number % 2 == 0 ? LOADERS : 8);
   __syncthreads();
   const NhwcPieces pieces(N, H, W, NI, CBO * 8, item_rows, SR, lead);
   const i64 first = pieces.count * blockIdx.y / gridDim.y, last = pieces.count * (blockIdx.y + 1) / gridDim.y;

@@ -109,7 +109,8 @@ __global__ __launch_bounds__((U * G + LOADERS) * 32, 1) void weight_grad_diagona
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, c0 = blockIdx.x * K::CHANNELS;
   const u32 bars = smem_u32(smem), ring = bars + K::BARS;
-  if (tid < slots) bar_init(bars + tid * 16, LOADERS * 32), warps_init(bars + tid * 16 + 8, WARPS);
+  const int number = lane * (WARPS + LOADERS) + warp;
+  if (number < slots) bar_init(bars + number * 16, LOADERS * 32), warps_init(bars + number * 16 + 8, WARPS);
   __syncthreads();
   const Streams streams(N, H, W, item_rows, K::COLUMNS);
   const i64 first = streams.count * blockIdx.y / gridDim.y, last = streams.count * (blockIdx.y + 1) / gridDim.y;
