@@ -6,6 +6,7 @@ from torch import nn
 
 from replknet.layers import PointwiseConv2d
 from replknet.layers.cnhw_conv2d import CnhwConv2d, as_cnhw
+from replknet.layers.pointwise_conv2d import StridedPointwiseConv2d
 from replknet.ops import is_cnhw
 
 FORMATS = {
@@ -16,9 +17,9 @@ FORMATS = {
 }
 
 
-def pair(*args, **kwargs) -> tuple[nn.Conv2d, PointwiseConv2d]:
+def pair(*args, kind: type[PointwiseConv2d] = PointwiseConv2d, **kwargs) -> tuple[nn.Conv2d, PointwiseConv2d]:
     torch.manual_seed(0)
-    own = PointwiseConv2d(*args, **kwargs, dtype=torch.float64)
+    own = kind(*args, **kwargs, dtype=torch.float64)
     plain = nn.Conv2d(*args, **kwargs, dtype=torch.float64)
     plain.load_state_dict(own.state_dict())
     return plain, own
@@ -56,6 +57,26 @@ def test_everything_else_is_torchs_convolution(kernel, options):
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert torch.equal(own(x), plain(x)) or (kernel, options) == (1, {"padding": "same"})
     torch.testing.assert_close(own(x), plain(x))
+    torch.testing.assert_close(own(x[0]), plain(x[0]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("stride", [2, (1, 3), (4, 2)], ids=str)
+@pytest.mark.parametrize("size", [(3, 5, 4, 7), (1, 5, 1, 1), (0, 5, 2, 2)], ids=str)
+def test_strides_pick_the_pixels_of_a_product(size, stride, form, bias):
+    plain, own = pair(5, 6, 1, kind=StridedPointwiseConv2d, stride=stride, bias=bias)
+    x = FORMATS[form](torch.randn(size, dtype=torch.float64))
+    for got, want in zip(results(own, x), results(plain, x), strict=True):
+        torch.testing.assert_close(got, want)
+    assert own(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"groups": 2}], ids=str)
+def test_other_strided_convolutions_are_torchs(options):
+    plain, own = pair(4, 6, 1, kind=StridedPointwiseConv2d, stride=2, **options)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    assert torch.equal(own(x), plain(x))
     torch.testing.assert_close(own(x[0]), plain(x[0]))
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import replknet
 from replknet.layers import DepthwiseConv2d, PointwiseConv2d, epilogue
 from replknet.layers.activation_checkpoint import checkpointed
+from replknet.layers.pointwise_conv2d import StridedPointwiseConv2d
 from replknet.layers.recomputed_gelu import RecomputedGELU
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
 from replknet.models.optimize import FORMATS, _batch_statistics, _count_at_once
@@ -313,6 +314,15 @@ def test_what_becomes_of_the_layers(trained):
     network(x)
     assert len(seen) > 20
     assert all(seen)
+
+
+def test_torchs_weight_gradient_that_leaves_its_memory_is_not_run():
+    """Of 1x1 convolutions with strides in channels_last, on CPUs: RepVGG's and MobileOne's first layer is one."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.Conv2d(8, 4, 3, stride=2))
+    replknet.optimize(network, "training", compile=False)
+    assert [type(conv) for conv in network] == [StridedPointwiseConv2d, nn.Conv2d]
+    network = replknet.optimize(nn.Sequential(nn.Conv2d(3, 8, 1, stride=2)), "inference")
+    assert not isinstance(network[0], StridedPointwiseConv2d)
 
 
 def test_state_dict_stays_as_it_was(trained):

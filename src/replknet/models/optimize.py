@@ -18,7 +18,11 @@ from replknet.layers.activated_linear import ActivatedLinear
 from replknet.layers.cnhw_conv2d import CnhwConv2d
 from replknet.layers.epilogue import Activated
 from replknet.layers.packed_conv2d import PackedConv2d, why_not_packed
-from replknet.layers.pointwise_conv2d import why_not_matrix_product
+from replknet.layers.pointwise_conv2d import (
+    StridedPointwiseConv2d,
+    why_not_matrix_product,
+    why_not_product_of_samples,
+)
 from replknet.layers.recomputed_gelu import RecomputedGELU
 from replknet.layers.shifted_depthwise_conv2d import ShiftedDepthwiseConv2d, why_not_shifted
 from replknet.layers.unfolded_conv2d import UnfoldedConv2d, why_not_unfolded
@@ -108,6 +112,8 @@ def optimize(
         if mode == "training":
             _convert(model, nn.GELU, RecomputedGELU, lambda act: True)
     _take_format(model, chosen)
+    if mode == "training" and device.type == "cpu" and chosen == "channels_last":
+        _convert(model, nn.Conv2d, StridedPointwiseConv2d, lambda conv: why_not_product_of_samples(conv) is None)
     if mode == "inference" and chosen == "channels_last":
         if device.type == "cpu" and not compiled:
             _pack(model)
