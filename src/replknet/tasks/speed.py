@@ -42,7 +42,7 @@ def resolve_speed(speed: Speed, strategy: Strategy, steps: int, accumulation: in
     if device != "cuda" or torch.version.hip is not None:
         return ChosenSpeed("plain", "neither of the others has been measured on this accelerator")
     if not isinstance(strategy, SingleDeviceStrategy):
-        return ChosenSpeed("plain", "several processes compile without CUDA graphs, which is no faster")
+        return ChosenSpeed("plain", "several processes compile without CUDA graphs, and one was no faster for that")
     if accumulation > 1:
         return ChosenSpeed("plain", "CUDA graphs beside gradients that add up have not been measured")
     if steps < WORTH_COMPILING_STEPS:

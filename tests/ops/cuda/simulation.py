@@ -154,7 +154,7 @@ class Forward:
         # A division in C++ goes towards zero.
         self.ahead = 1 if few else max(1, min(columns.inputs, int(spare / 4) - 1))
         self.early = not self.window and self.registers - 44 - mt * columns.outputs * 4 - 4 * mt * self.nd >= 0
-        self.exists = mt == 1 or (mt == 2 and self.khp >= self.ts)
+        self.skips = mt == 1 or (mt == 2 and self.khp >= self.ts)
 
     def narrow(self, dtype, vector):
         """dtype and vector as in the template."""
@@ -166,7 +166,7 @@ class Forward:
 
     def fragments(self, memory, table, e):
         b = np.zeros((self.nd, 2, 32, 2))
-        if self.exists:
+        if self.skips:
             e = min(max(e, 0), self.khp - 2)
         if 0 <= e < self.khp:
             for d in range(self.nd):

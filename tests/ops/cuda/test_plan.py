@@ -469,7 +469,7 @@ def forward_constants(k, t) -> dict[str, int]:
         "SET_TASKS": k.set_tasks, "PITCH": pitch, "ZERO": _plan.round_up(t["cbi"] * 16, 128), "HEAD": _plan.HEAD,
         "TABLE": _plan.table_bytes(t["kh"], t["kw"], columns(t), t["np"]), "WINDOW": int(k.window),
         "REGISTERS": k.registers, "AHEAD": k.ahead,
-        "EARLY": int(k.early), "EXISTS": int(k.exists), "NARROW": int(k.narrow(t["dt"], t["v"])),
+        "EARLY": int(k.early), "SKIPS": int(k.skips), "NARROW": int(k.narrow(t["dt"], t["v"])),
         "STAGING": k.staging(t["dt"], t["v"]), "SPAN": k.span,
         "T::OFFSET": k.table.offset, "T::NU": k.table.nu, "T::COPY": k.table.copy, "T::PLANE": 2 * k.table.copy,
     }  # fmt: skip

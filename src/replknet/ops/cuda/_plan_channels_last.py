@@ -133,13 +133,9 @@ def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
     Raises:
         NotImplementedError: no tile fits the GPU's shared memory.
     """
-    best, least = None, math.inf
-    for tile in _forward_tiles(shape, gpu):
-        if (work := _forward_time(shape, tile, gpu)) < least:
-            best, least = tile, work
-    if best is None:
+    if not (found := list(_forward_tiles(shape, gpu))):
         raise NotImplementedError(too_large(shape, gpu))
-    return best
+    return min(found, key=lambda tile: _forward_time(shape, tile, gpu))
 
 
 def forward_tiles(shape: Shape, gpu: Gpu) -> tuple[ForwardTile, ...]:
@@ -229,7 +225,7 @@ def _forward_time(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
     """
     columns, lanes, rows, p = tile.columns, 16 // tile.images, set_rows(tile), shape.kh // 2
     low, high = deltas(shape.kw, columns)
-    deltas_met = [low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs)]
+    a_step = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
     height, padded = max(2, lanes), (shape.kh + 1) & ~1
     steps, products, fragments = 0, 0, 0
     for top in range(0, shape.h, rows):
@@ -242,7 +238,7 @@ def _forward_time(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
             # Many tiles that share fragments are multiplied at every step.
             skips = tile.tiles <= 2 or height > 2
             ends = (max(first, height * t), min(last, padded + height * t)) if skips else (first, last)
-            products += max(0, math.ceil((ends[1] - ends[0]) / 2)) * sum(deltas_met)
+            products += max(0, math.ceil((ends[1] - ends[0]) / 2)) * a_step
     plan = forward_plan(shape, gpu, tile)
     cuts = math.ceil(shape.h / plan.item_rows)
     items = math.ceil(shape.n / tile.images) * columns.tiles * cuts * math.ceil(shape.c / tile.channels)

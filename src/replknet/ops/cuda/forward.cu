@@ -61,11 +61,11 @@ struct Forward {
     else Load::rows(to, x, base, images, it.x0, it.x_rows, it.col0 - 8 * OFF, xsn, W, stride, plane, tid);
   }
 
-  // Of a kernel row pair that does not exist: zeros, or anything where nothing is multiplied by it.
-  static constexpr bool EXISTS = MT == 1 || (MT == 2 && KHP >= TS);
+  // Whether steps without a kernel row pair are skipped. Then anything may be read for one; else it is zeros.
+  static constexpr bool SKIPS = MT == 1 || (MT == 2 && KHP >= TS);
   static __device__ __forceinline__ void load_fragments(u32 (&b)[ND][2], u32 table, int e) {
-    if (EXISTS || (unsigned)e < (unsigned)KHP) {
-      const int pair = EXISTS ? min(max(e, 0), KHP - 2) >> 1 : e >> 1;
+    if (SKIPS || (unsigned)e < (unsigned)KHP) {
+      const int pair = SKIPS ? min(max(e, 0), KHP - 2) >> 1 : e >> 1;
 #pragma unroll
       for (int d = 0; d < ND; d++) lds64(b[d], table + pair * (T::NU * 8) + d * 32);
     } else {
