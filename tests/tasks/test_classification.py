@@ -145,13 +145,13 @@ def test_averaged_weights_start_as_the_model_and_are_a_copy():
 
 
 class Addresses(lightning.Callback):
-    """Where the gradients of each optimizer step lie."""
+    """Where the gradients of each micro-batch will be added."""
 
     def __init__(self):
         self.seen = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append([p.grad.data_ptr() for p in pl_module.parameters()])
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.seen.append([p.grad if p.grad is None else p.grad.data_ptr() for p in pl_module.parameters()])
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -168,7 +168,7 @@ def test_gradients_that_add_up_beside_cuda_graphs_have_memory_of_their_own(tmp_p
     run(tmp_path, module, data(), callbacks=[addresses], **options)
     assert calls == [{"compile": True, "cuda_graph": True}]
     if accumulate > 1:
-        assert addresses.seen == [[p.grad.data_ptr() for p in model.parameters()]] * 6
+        assert addresses.seen == [[p.grad.data_ptr() for p in model.parameters()]] * 24
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(module.model.state_dict()[key], value, atol=1e-11, rtol=1e-9, msg=key)
 

@@ -146,10 +146,6 @@ class Classification(lightning.LightningModule):
         self.train()
         for ema in self._ema:
             ema.to(self.device)
-        if self._keeps_gradients:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
 
     def train(self, mode: bool = True) -> "Classification":
         super().train(mode)
@@ -179,6 +175,10 @@ class Classification(lightning.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+        if self._keeps_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
