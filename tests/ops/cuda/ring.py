@@ -55,8 +55,35 @@ def forward_walk(pieces: Pieces, shape, plan, block: int) -> list[Item]:
     ]
 
 
-def weight_grad_walk(pieces: Pieces, splits: int, split: int) -> list[Item]:
-    return [pieces.item(i) for i in range(pieces.count * split // splits, pieces.count * (split + 1) // splits)]
+@dataclass(frozen=True)
+class Part:
+    """WeightGradPart: items of the same channels, which of their partial sums it is, and whether it is the last."""
+
+    items: list[Item]
+    split: int
+    ends: bool
+
+
+def weight_grad_walk(pieces: Pieces, groups: int, together: int, plan, run: int) -> list[Part]:
+    """WeightGradWalk: the parts of one run; `groups` of `together` channels."""
+    count, share, runs = pieces.count, plan.share, plan.launch.grid[1]
+    whole, parts = groups // runs, []
+    for part in range(whole):
+        c0 = (part * runs + run) * together
+        parts.append(Part([pieces.item(i, c0) for i in range(count)], 0, True))
+    rest = (groups - whole * runs) * count
+    first, last = min(rest, run * share), min(rest, (run + 1) * share)
+    while first < last:
+        group, begin = divmod(first, count)
+        n = min(last - first, count - begin)
+        # Those from the next multiple of the share on come first.
+        turn = -begin % share
+        turn = turn if turn < n else 0
+        order = [begin + (i + turn) % n for i in range(n)]
+        c0 = (whole * runs + group) * together
+        parts.append(Part([pieces.item(i, c0) for i in order], run - group * count // share, begin + n == count))
+        first += n
+    return parts
 
 
 class RingAt:
@@ -186,48 +213,67 @@ def forward_warps(items, lead, ring, warps: tuple[int, int, int], channels: int,
     return [*map(consumer, range(consumers)), *map(loader, range(loaders)), *map(storer, range(storers))]
 
 
-def weight_grad_warps(items, lead, rings: tuple[int, int], warps: tuple[int, int], actions) -> list[Iterator]:
-    """Consumers and loaders of weight_grad_nhwc."""
+def weight_grad_warps(
+    parts: list[Part], lead, rings: tuple[int, int], warps: tuple[int, int], actions, cluster: int = 1
+) -> list[Iterator]:
+    """Consumers and loaders of weight_grad_nhwc, those of all blocks of a cluster; `warps` are a block's."""
     (x_ring, y_ring), (consumers, loaders) = rings, warps
-    x_loaded, x_used = ([Barrier(count) for _ in range(x_ring)] for count in (loaders, consumers))
-    y_loaded, y_used = ([Barrier(count) for _ in range(y_ring)] for count in (loaders, consumers))
+
+    def barriers(ring: int, count: int) -> list[list[Barrier]]:
+        return [[Barrier(count * cluster) for _ in range(ring)] for _ in range(cluster)]
+
+    x_loaded, x_used = (barriers(x_ring, count) for count in (loaders, consumers))
+    y_loaded, y_used = (barriers(y_ring, count) for count in (loaders, consumers))
+    # Those of the consumers of a block, and of all warps of the cluster.
+    done, meeting = [Barrier(consumers) for _ in range(cluster)], Barrier((consumers + loaders) * cluster)
 
     def loader(warp):
-        p, q = RingAt(x_ring), RingAt(y_ring)
-        for item in items:
-            number = 0
-            for j in range(item.slots):
-                if p.round > 0:
-                    yield x_used[p.slot], p.round - 1
-                actions.load_x(item, j, p.slot, warp)
-                yield x_loaded[p.slot], None
-                while number < item.sets and min(number + 2 * lead, item.slots - 1) <= j:
-                    if q.round > 0:
-                        yield y_used[q.slot], q.round - 1
-                    actions.load_y(item, number, q.slot, warp)
-                    yield y_loaded[q.slot], None
-                    q.next()
-                    number += 1
-                p.next()
+        block, p, q = warp // loaders, RingAt(x_ring), RingAt(y_ring)
+        for number, part in enumerate(parts):
+            for item in part.items:
+                done_sets = 0
+                for j in range(item.slots):
+                    if p.round > 0:
+                        yield x_used[block][p.slot], p.round - 1
+                    actions.load_x(item, j, p.slot, warp)
+                    yield from ((every[p.slot], None) for every in x_loaded)
+                    while done_sets < item.sets and min(done_sets + 2 * lead, item.slots - 1) <= j:
+                        if q.round > 0:
+                            yield y_used[block][q.slot], q.round - 1
+                        actions.load_y(item, done_sets, q.slot, warp)
+                        yield from ((every[q.slot], None) for every in y_loaded)
+                        q.next()
+                        done_sets += 1
+                    p.next()
+            if part is not parts[-1]:
+                yield meeting, None
+                yield meeting, number
 
     def consumer(warp):
-        p, q, ready, ahead = RingAt(x_ring), RingAt(y_ring), RingAt(x_ring), 0
-        for item in items:
-            for j in range(item.slots):
-                while ahead <= min(j + 2 * lead, item.slots - 1) - j:
-                    yield x_loaded[ready.slot], ready.round
-                    ready.next()
-                    ahead += 1
-                if j < item.sets:
-                    yield y_loaded[q.slot], q.round
-                    actions.accumulate(item, j, p.slot, q.slot, warp)
-                    yield y_used[q.slot], None
-                    q.next()
-                yield x_used[p.slot], None
-                p.next()
-                ahead -= 1
+        block, p, q, ready, ahead = warp // consumers, RingAt(x_ring), RingAt(y_ring), RingAt(x_ring), 0
+        for number, part in enumerate(parts):
+            for item in part.items:
+                for j in range(item.slots):
+                    while ahead <= min(j + 2 * lead, item.slots - 1) - j:
+                        yield x_loaded[block][ready.slot], ready.round
+                        ready.next()
+                        ahead += 1
+                    if j < item.sets:
+                        yield y_loaded[block][q.slot], q.round
+                        actions.accumulate(item, j, p.slot, q.slot, warp)
+                        yield from ((every[q.slot], None) for every in y_used)
+                        q.next()
+                    yield from ((every[p.slot], None) for every in x_used)
+                    p.next()
+                    ahead -= 1
+            yield done[block], None
+            yield done[block], number
+            actions.flush(part.items[0], part, warp)
+            if part is not parts[-1]:
+                yield meeting, None
+                yield meeting, number
 
-    return [*map(consumer, range(consumers)), *map(loader, range(loaders))]
+    return [*map(consumer, range(consumers * cluster)), *map(loader, range(loaders * cluster))]
 
 
 # ---- the bookkeeping
@@ -235,10 +281,21 @@ class Ledger:
     """What lies in every slot, and who may touch it.
 
     A channel has planes of its own, a loader lines of its own: a part of a slot is (ring, slot, channel, loader). In
-    the weight gradient a consumer stands for its channel.
+    the weight gradient a consumer stands for its channel, and channels and loaders are those of a whole cluster.
     """
 
-    def __init__(self, block: Block, shape, rows: int, lead: int, rings: dict[str, int], channels: int, loaders: int):
+    def __init__(
+        self,
+        block: Block,
+        shape,
+        rows: int,
+        lead: int,
+        rings: dict[str, int],
+        channels: int,
+        loaders: int,
+        cluster: int = 1,
+    ):
+        self.cluster = cluster
         self.block, self.shape, self.rows, self.lead, self.rings = block, shape, rows, lead, rings
         self.channels, self.loaders = channels, loaders
         self.content, self.written, self.reads = {}, {}, {}
@@ -300,4 +357,17 @@ class Ledger:
         for part in self._parts("y", y_slot, channel=warp):
             self._read(part, ("input", item, j))
         for h in range(item.row0 + j * self.rows, min(item.row1, item.row0 + (j + 1) * self.rows)):
-            self.used[warp, item.n0, item.col0, h] += 1
+            self.used[warp, item.c0, item.n0, item.col0, h] += 1
+
+    def flush(self, item, part, warp):
+        """Whoever sums in the rings of a block must be alone there, and loads come after it."""
+        own = self.channels // self.cluster
+        for ring, slot in ((ring, slot) for ring, slots in self.rings.items() for slot in range(slots)):
+            for channel in range(warp // own * own, warp // own * own + own):
+                for place in self._parts(ring, slot, channel=channel):
+                    assert self.block.knows(*self.written.get(place, self.block.now())), f"{place}: still being written"
+                    reads = self.reads.setdefault(place, {})
+                    # Others may sum in their corners meanwhile: a part that they have taken holds nothing.
+                    if self.content.pop(place, None) is not None:
+                        assert all(self.block.knows(*at) for at in reads.items()), f"{place}: a reader is not done"
+                    reads[warp] = self.block.now()[1]

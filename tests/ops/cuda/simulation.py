@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -684,6 +684,43 @@ class Units:
                         yield "write", (to_at + c * self.pixels * channels)[w, None] + part, out[w][:, part]
 
 
+class SharedUnits:
+    """struct SharedUnits: `channels` of all blocks of a cluster, whose shared memory lies `window` bytes apart."""
+
+    def __init__(self, size, planes, blocks, pitch, images, channels, width, warps, cluster, window):
+        self.size, self.planes, self.blocks, self.pitch, self.ni = size, planes, blocks, pitch, images
+        self.channels, self.per, self.warps = channels, width // size, warps
+        self.mine, self.window = channels // cluster, window
+
+    def _read_pixel(self, x, at, limit):
+        v = np.zeros((32, self.channels))
+        for i in range(0, self.channels, self.per):
+            ok = i < limit
+            assert (i + self.per <= limit)[ok].all(), "a read past the last channel"
+            assert (at[ok] % self.per == 0).all(), "a read that is not aligned"
+            v[ok, i : i + self.per] = x[at[ok, None] + i + np.arange(self.per)]
+        return v
+
+    def load(self, ring, slot_row, x, start, images, rows, left, height, width, channels, limit, warp):
+        """(addresses, values [32, 8], mask) of every store of a warp to shared memory, its own or another block's."""
+        units = max(0, rows) * self.ni * self.blocks
+        for number in range(warp * 32, units, 32 * self.warps):
+            unit = number + LANE
+            line, block, there = unit // self.blocks, unit % self.blocks, unit < units
+            image, row, col = line % self.ni, line // self.ni, left + block * 8
+            mine = np.where(there & (image < images), limit, 0)
+            at = start + ((image * height + row) * width + col) * channels
+            inside = [(col + p >= 0) & (col + p < width) for p in range(8)]
+            v = [self._read_pixel(x, at + p * channels, np.where(inside[p], mine, 0)) for p in range(8)]
+            place = ring.base + image * ring.stride + (slot_row + row) * self.pitch + block * 16
+            pixels = np.stack(v, 2)
+            for p in range(self.planes):
+                plane, pixels = peel(pixels) if self.size == 4 else (pixels, pixels)
+                for c in range(self.channels):
+                    block_of, own = divmod(c, self.mine)
+                    yield place + p * ring.set + own * ring.plane + block_of * self.window, plane[:, c], there
+
+
 def split_halves(v):
     """The upper and the lower 16 bits of float32 values, as numbers."""
     bits = v.astype(np.float32).view(np.uint32)
@@ -701,15 +738,17 @@ class NhwcBlock:
 
     barriers = 512
 
-    def __init__(self, shape, plan, zero):
-        self.shape, self.size = shape, 4 if shape.dtype == torch.float32 else 2
-        self.memory = np.full(plan.launch.shared_bytes // 2, np.nan)
-        self.memory[self.barriers // 2 : (self.barriers + zero) // 2] = 0
+    def __init__(self, shape, plan, zero, cluster=1):
+        self.shape, self.size, self.window = shape, 4 if shape.dtype == torch.float32 else 2, plan.launch.shared_bytes
+        self.memory = np.full(cluster * self.window // 2, np.nan)
+        for block in range(cluster):
+            at = block * self.window + self.barriers
+            self.memory[at // 2 : (at + zero) // 2] = 0
         self.done = Counter()
 
     def put(self, stores):
         for address, words, ok in stores:
-            self.memory[address[ok, None] // 2 + _p] = words[ok]
+            self.memory[address[ok, None] // 2 + np.arange(words.shape[1])] = words[ok]
 
     def offset(self, item, h):
         """Of a row of the item's first image, in elements."""
@@ -824,38 +863,48 @@ class ForwardNhwc(NhwcBlock):
 
 
 class WeightGradNhwc(NhwcBlock):
-    """What the warps of weight_grad_nhwc do between their barriers, in one channel block and group of kernel rows."""
+    """What the warps of weight_grad_nhwc do between their barriers, in one cluster and group of kernel rows.
 
-    def __init__(self, k, x, dy, plan, shape, tile, width, channel_block, row_group):
-        super().__init__(shape, plan, k.zero)
+    Warps are numbered through the blocks of the cluster, whose shared memory lies in one array.
+    """
+
+    def __init__(self, k, x, dy, plan, shape, tile, width, row_group, partial):
+        super().__init__(shape, plan, k.zero, tile.cluster)
         self.k, self.plan, self.tile, self.x, self.dy = k, plan, tile, x.reshape(-1), dy.reshape(-1)
-        self.channels = 8 // tile.warps
-        self.c0, self.row_group = channel_block * self.channels, row_group
+        self.channels, self.row_group, self.partial = 8 // tile.warps, row_group, partial
         rings, base = (plan.x_ring, plan.y_ring), self.barriers + k.zero
         self.xs, self.ys = (
             RingLayout(at, self.channels, ring.stride, ring.plane, 0, ring.set)
             for ring, at in zip(rings, (base, base + shape.planes * plan.x_ring.set), strict=True)
         )
         self.x_units, self.y_units = (
-            Units(self.size, shape.planes, blocks, pitch, k.ni, 1, width, tile.rows, tile.loaders)
-            for blocks, pitch in ((k.columns.inputs, k.x_pitch), (k.columns.outputs, k.y_pitch))
-        )
-        self.acc = np.zeros((8, k.r, k.nd, 4, 32))
+            Units(self.size, shape.planes, n, pitch, k.ni, 1, width, tile.rows, tile.loaders)
+            if tile.cluster == 1
+            else SharedUnits(
+                self.size, shape.planes, n, pitch, k.ni, self.channels * tile.cluster, width,
+                tile.loaders * tile.cluster, tile.cluster, self.window,
+            )
+            for n, pitch in ((k.columns.inputs, k.x_pitch), (k.columns.outputs, k.y_pitch))
+        )  # fmt: skip
+        self.acc = np.zeros((8 * tile.cluster, k.r, k.nd, 4, 32))
+
+    def limit(self, item):
+        return min(self.shape.c - item.c0, self.channels * self.tile.cluster)
 
     def limits(self, item):
         return max(0, item.row0 - self.k.p), min(self.shape.h, item.row1 + self.k.p + 1)
 
     def pair(self, warp):
-        return (self.row_group * self.tile.warps + warp // self.channels) * self.k.r
+        return (self.row_group * self.tile.warps + warp % 8 // self.channels) * self.k.r
 
     def load_x(self, item, j, slot, warp):
         (lo, hi), top, s = self.limits(item), item.row0 + (j - self.plan.halo) * self.tile.rows, self.shape
         h0 = max(lo, top)
         self.put(
             self.x_units.load(
-                self.xs, slot * self.tile.rows + h0 - top, self.x, self.offset(item, h0) + self.c0, s.n - item.n0,
+                self.xs, slot * self.tile.rows + h0 - top, self.x, self.offset(item, h0), s.n - item.n0,
                 min(hi, top + self.tile.rows) - h0, item.col0 - 8 * self.k.columns.offset, s.h, s.w, s.c,
-                min(s.c - self.c0, self.channels), warp,
+                self.limit(item), warp,
             )
         )  # fmt: skip
 
@@ -863,18 +912,18 @@ class WeightGradNhwc(NhwcBlock):
         h, s = item.row0 + j * self.tile.rows, self.shape
         self.put(
             self.y_units.load(
-                self.ys, slot * self.tile.rows, self.dy, self.offset(item, h) + self.c0, s.n - item.n0,
-                min(item.row1 - h, self.tile.rows), item.col0, s.h, s.w, s.c, min(s.c - self.c0, self.channels),
-                warp,
+                self.ys, slot * self.tile.rows, self.dy, self.offset(item, h), s.n - item.n0,
+                min(item.row1 - h, self.tile.rows), item.col0, s.h, s.w, s.c, self.limit(item), warp,
             )
         )  # fmt: skip
 
     def accumulate(self, item, j, x_slot, y_slot, warp):
         k, t, pair, (lo, hi) = self.k, self.tile, self.pair(warp), self.limits(item)
         h0 = item.row0 + j * t.rows
-        rows, channel = min(item.row1 - h0, t.rows), warp % self.channels
-        x_plane = self.xs.base + channel * self.xs.plane + k.kx % k.ni * self.xs.stride
-        y_plane = self.ys.base + channel * self.ys.plane + k.ky % k.ni * self.ys.stride
+        rows, block, channel = min(item.row1 - h0, t.rows), warp // 8, warp % self.channels
+        start, zero = block * self.window, block * self.window + self.barriers
+        x_plane = start + self.xs.base + channel * self.xs.plane + k.kx % k.ni * self.xs.stride
+        y_plane = start + self.ys.base + channel * self.ys.plane + k.ky % k.ni * self.ys.stride
         for task in range(math.ceil(rows / k.set_rows) * k.set_tasks if 2 * pair < k.kh else 0):
             h = task // k.set_tasks * k.set_rows + task % k.set_tasks
             top = h0 + h + 2 * pair - k.p
@@ -883,22 +932,28 @@ class WeightGradNhwc(NhwcBlock):
             for x, w in TERMS[self.shape.planes]:
                 lines = RingRows(
                     x_plane + x * self.xs.set, (x_slot + self.plan.halo) * t.rows + row, self.plan.x_slots * t.rows,
-                    h0 + row - lo, hi - lo, self.barriers, k.x_pitch,
+                    h0 + row - lo, hi - lo, zero, k.x_pitch,
                 )  # fmt: skip
                 ys = y_plane + w * self.ys.set + y_slot * t.rows * k.y_pitch
-                k.accumulate(self.memory, self.acc[warp], lines, ys, h + k.ky // k.ni, rows, self.barriers, q_lo, q_hi)
+                k.accumulate(self.memory, self.acc[warp], lines, ys, h + k.ky // k.ni, rows, zero, q_lo, q_hi)
         planes, ni = self.shape.planes, k.ni
-        self.forget(("y", item, j), 8, self.ys, 1, planes, ni, y_slot * t.rows, t.rows, k.y_pitch)
-        self.forget(("x", item, j), 8, self.xs, 1, planes, ni, x_slot * t.rows, t.rows, k.x_pitch)
+        for key, layout, slot, pitch in (("y", self.ys, y_slot, k.y_pitch), ("x", self.xs, x_slot, k.x_pitch)):
+            layout = replace(layout, base=layout.base + start)
+            self.forget((key, block, item, j), 8, layout, 1, planes, ni, slot * t.rows, t.rows, pitch)
 
-    def add_taps(self, out):
-        """What the block adds to the partial sums [C, KH, KW]."""
-        for warp in range(8):
-            c, pair = self.c0 + warp % self.channels, self.pair(warp)
-            for r in range(self.k.r):
-                ky = 2 * (pair + r)
-                if c < self.shape.c and ky < self.k.kh:
-                    out[c, ky : ky + 2] += self.k.reduce(self.acc[warp, r])[: self.k.kh - ky]
+    def flush(self, item, part, warp):
+        """A warp's sums of the channels of `item` to the part's place in the partial sums [splits, C, KH, KW]."""
+        k, start, base = self.k, warp // 8 * self.window, self.barriers + self.k.zero
+        # The warps' corners lie in the rings.
+        self.memory[(start + base) // 2 : (start + self.window) // 2] = np.nan
+        c, pair = item.c0 + warp // 8 * self.channels + warp % self.channels, self.pair(warp)
+        for r in range(k.r):
+            ky = 2 * (pair + r)
+            if c < self.shape.c and ky < k.kh:
+                self.partial[part.split, c, ky : ky + 2] = k.reduce(self.acc[warp, r])[: k.kh - ky]
+                if part.ends:
+                    self.partial[part.split + 1 :, c, ky : ky + 2] = 0
+        self.acc[warp] = 0
 
 
 # ---- Loader of common.cuh

@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from replknet.ops import cuda as kernels
+from replknet.ops import depthwise_conv2d
 from replknet.ops.cuda import _plan_channels_last as plan_cl
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Columns, Shape, image_stride
@@ -22,6 +25,8 @@ from replknet.ops.cuda._plan_channels_last import ForwardTile, WeightGradTile
 
 HUGE = Gpu("sm_90", 3, 1 << 24)  # every tile fits; few blocks, each with several items
 SMALL = Gpu("sm_90", 3, 232448)
+# The same with clusters of blocks.
+CLUSTERED = replace(SMALL, multiprocessors=5, clusters=True)
 HALF, FLOAT = (torch.float16, 1), (torch.float32, 3)
 
 
@@ -161,6 +166,12 @@ def test_lanes_of_a_warp_seldom_meet_in_a_bank(simulation, blocks, groups, image
 
 
 # ---- the rings
+@pytest.fixture
+def shared(monkeypatch):
+    """Clusters for small problems too."""
+    monkeypatch.setattr(plan_cl, "SHARED_FROM", 0)
+
+
 def forward_tile(rng, shape) -> ForwardTile:
     """Any tile, whatever the rules of the plan would choose."""
     columns = rng.choice(list(plan_cl._column_cuts(shape)))
@@ -178,7 +189,9 @@ def weight_grad_tile(rng, shape) -> WeightGradTile:
     shared, warps = 2 if images == 8 else 1, rng.choice((1, 2, 4))
     pairs = rng.randint(1, math.ceil((shape.kh + 1) // 2 / warps))
     rows = 16 // images * shared * rng.choice((1, 1, 2, 3))
-    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, rng.choice((1, 4)), 1, 1, 1)
+    # A cluster's channels are 16 bytes of a pixel at most.
+    cluster = min(warps if shape.dtype != torch.float32 else max(1, warps // 2), rng.choice((1, 2, 4)))
+    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, cluster, rng.choice((1, 4)), 1, 1, 1)
     halo, spare = plan_cl._weight_grad_halo(shape, tile), rng.choice((0, 0, 1, 2))
     if halo:
         spare += max(0, math.ceil((2 * pairs + 2) / rows) - 2 * halo - 1)
@@ -197,7 +210,8 @@ def problems(draw, tile_of):
     tile = tile_of(rng, shape)
     # Enough is seen in a moment.
     assume(math.ceil(shape.n / tile.images) * tile.columns.tiles * shape.h * shape.c <= 6000)
-    return shape, replace(HUGE, multiprocessors=draw(st.integers(1, 40))), tile
+    multiprocessors = draw(st.integers(4, 40))
+    return shape, replace(CLUSTERED, shared_bytes=1 << 24, multiprocessors=multiprocessors), tile
 
 
 many = settings(max_examples=120, deadline=None, derandomize=True)
@@ -227,17 +241,27 @@ def check_forward(ring, shape, gpu, tile, seed):
 
 
 def check_weight_grad(ring, shape, gpu, tile, seed):
-    plan = plan_cl.weight_grad_plan(shape, gpu, tile)
+    plan, together = plan_cl.weight_grad_plan(shape, gpu, tile), 8 // tile.warps * tile.cluster
     pieces, places = rows_of(ring, shape, tile, plan, tile.rows)
-    used = Counter()
-    for split in range(plan.splits):
-        items = ring.weight_grad_walk(pieces, plan.splits, split)
-        assert items, "a split without work"
-        block, rings = ring.Block(seed + split), (plan.x_slots, plan.y_slots)
-        ledger = ring.Ledger(block, shape, tile.rows, plan.halo, dict(zip("xy", rings, strict=True)), 2, 2)
-        block.run(ring.weight_grad_warps(items, plan.halo, rings, (2, 2), ledger))
+    cluster, runs, _ = plan.launch.grid
+    assert cluster == tile.cluster
+    used, shares, warps = Counter(), {}, 2 * cluster
+    for run in range(runs):
+        parts = ring.weight_grad_walk(pieces, math.ceil(shape.c / together), together, plan, run)
+        assert parts, "a run without work"
+        for part in parts:
+            shares.setdefault(part.items[0].c0, {})[part.split] = part.ends
+        block, rings = ring.Block(seed + run), (plan.x_slots, plan.y_slots)
+        names = dict(zip("xy", rings, strict=True))
+        ledger = ring.Ledger(block, shape, tile.rows, plan.halo, names, warps, warps, cluster)
+        block.run(ring.weight_grad_warps(parts, plan.halo, rings, (2, 2), ledger, cluster))
         used += ledger.used
-    assert used == Counter({(warp, *at): 1 for warp in range(2) for at in places})
+    channels = range(0, shape.c, together)
+    assert used == Counter({(warp, c0, *at): 1 for warp in range(warps) for c0 in channels for at in places})
+    # Every partial sum is written once: by a part of its own, or as a zero behind the last.
+    for split in shares.values():
+        assert split == {i: i == len(split) - 1 for i in range(len(split))}
+    assert max(map(len, shares.values())) == plan.splits
 
 
 @many
@@ -257,10 +281,11 @@ def test_the_weight_gradients_rings_move_every_row_once_and_in_time(ring, proble
 @pytest.mark.parametrize("size", [7, 14, 28, 56, 97])
 @pytest.mark.parametrize("kernel", [3, 13, 31])
 @pytest.mark.parametrize("n", [1, 9])
-def test_the_rings_of_default_plans(ring, size, kernel, n):
+def test_the_rings_of_default_plans(ring, shared, size, kernel, n):
     shape = shape_of(n, 24, size, size, kernel, kernel)
     check_forward(ring, shape, SMALL, plan_cl.default_forward_tile(shape, SMALL), 0)
-    check_weight_grad(ring, shape, SMALL, plan_cl.default_weight_grad_tile(shape, SMALL), 0)
+    for gpu in (SMALL, CLUSTERED):
+        check_weight_grad(ring, shape, gpu, plan_cl.default_weight_grad_tile(shape, gpu), 0)
 
 
 def tight_forward(ring, slots, lead=1):
@@ -364,15 +389,15 @@ def run_weight_grad(ring, simulation, shape, gpu, tile):
     plan, columns = plan_cl.weight_grad_plan(shape, gpu, tile), tile.columns
     k = simulation.WeightGrad(shape.kh, shape.kw, columns, tile.images, tile.pairs, tile.shared)
     pieces, _ = rows_of(ring, shape, tile, plan, tile.rows)
-    got, counts = np.zeros((shape.c, shape.kh, shape.kw)), (8, tile.loaders)
-    for channel_block, split, group in itertools.product(*map(range, plan.launch.grid)):
-        actions = simulation.WeightGradNhwc(
-            k, x, dy, plan, shape, tile, copy_width(plan, 12), channel_block, group
-        )  # fmt: skip
-        items = ring.weight_grad_walk(pieces, plan.splits, split)
+    counts, together = (8, tile.loaders), 8 // tile.warps * tile.cluster
+    partial = np.full((plan.splits, shape.c, shape.kh, shape.kw), np.nan)
+    _, runs, groups = plan.launch.grid
+    for run, group in itertools.product(range(runs), range(groups)):
+        actions = simulation.WeightGradNhwc(k, x, dy, plan, shape, tile, copy_width(plan, 12), group, partial)
+        parts = ring.weight_grad_walk(pieces, math.ceil(shape.c / together), together, plan, run)
         rings = plan.x_slots, plan.y_slots
-        ring.Block(split).run(ring.weight_grad_warps(items, plan.halo, rings, counts, actions))
-        actions.add_taps(got)
+        ring.Block(run).run(ring.weight_grad_warps(parts, plan.halo, rings, counts, actions, tile.cluster))
+    got = partial.sum(0)
     wide = padded(x, shape)
     expected = np.zeros_like(got)
     for i, j in itertools.product(range(shape.kh), range(shape.kw)):
@@ -398,9 +423,10 @@ def test_forward_with_the_default_plan(ring, simulation, shape):
     run_forward(ring, simulation, shape, SMALL, plan_cl.default_forward_tile(shape, SMALL))
 
 
+@pytest.mark.parametrize("gpu", [SMALL, CLUSTERED], ids=["", "clusters"])
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
-def test_weight_gradient_with_the_default_plan(ring, simulation, shape):
-    run_weight_grad(ring, simulation, shape, SMALL, plan_cl.default_weight_grad_tile(shape, SMALL))
+def test_weight_gradient_with_the_default_plan(ring, simulation, shared, shape, gpu):
+    run_weight_grad(ring, simulation, shape, gpu, plan_cl.default_weight_grad_tile(shape, gpu))
 
 
 @pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 60))])
@@ -413,4 +439,34 @@ def test_tiles_of_chance(ring, simulation, seed):
         rng.randrange(1, 12, 2), rng.randrange(1, 20, 2), kind,
     )  # fmt: skip
     run_forward(ring, simulation, shape, HUGE, forward_tile(rng, shape))
-    run_weight_grad(ring, simulation, shape, HUGE, weight_grad_tile(rng, shape))
+    gpu = replace(CLUSTERED, shared_bytes=1 << 24)
+    run_weight_grad(ring, simulation, shape, gpu, weight_grad_tile(rng, shape))
+
+
+# ---- on a GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        (2, 16, 20, 24, 13, 13),
+        (3, 40, 47, 44, 31, 31),
+        (5, 12, 14, 14, 27, 27),
+        (1, 24, 130, 40, 51, 5),
+        (9, 10, 21, 23, 29, 29),  # channels that fill no cluster
+        (64, 128, 56, 56, 31, 31),
+        (64, 256, 28, 28, 29, 29),
+    ],
+    ids=str,
+)
+def test_blocks_that_share_pixels(cuda, oracle, shared, problem, dtype):
+    if not (gpu := kernels.gpu_of(0)).clusters:
+        pytest.skip("needs a GPU with clusters of blocks (sm_90 or newer)")
+    tile = plan_cl.default_weight_grad_tile(shape_of(*problem, (dtype, 3 if dtype == torch.float32 else 1)), gpu)
+    size = 4 if dtype == torch.float32 else 2
+    assert tile.cluster == 2 or 2 * 8 // tile.warps * size > 16 or problem[1] * size % 16
+    kernels._weight_grad_plan_channels_last.cache_clear()
+    x, w, b, g = oracle.make_inputs(*problem, dtype, cuda, channels_last=True)
+    oracle.check(partial(depthwise_conv2d, backend="cuda"), x, w, b, g)
+    assert torch.equal(*(kernels.weight_grad(g, x, *problem[4:]) for _ in range(2)))
+    kernels._weight_grad_plan_channels_last.cache_clear()

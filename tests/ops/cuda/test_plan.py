@@ -20,9 +20,9 @@ GPUS = (
     Gpu("sm_80", 108, 166912),
     Gpu("sm_86", 84, 101376),
     Gpu("sm_89", 128, 101376),
-    Gpu("sm_90", 132, 232448),
-    Gpu("sm_100", 148, 232448),
-    Gpu("sm_120", 170, 101376),
+    Gpu("sm_90", 132, 232448, clusters=True),
+    Gpu("sm_100", 148, 232448, clusters=True),
+    Gpu("sm_120", 170, 101376, clusters=True),
 )
 PLANS = {
     "forward": _plan.forward_plan,
@@ -34,7 +34,7 @@ TEMPLATES = {
     "forward_nchw": "dt np kh kw cbi cbo off ni mt v sv warps prod stages minb",
     "weight_grad_nchw": "dt np kh kw cbi cbo off ni r hb v warps prod stages minb",
     "forward_nhwc": "dt np kh kw cbi cbo off ni mt g v warps loaders storers minb",
-    "weight_grad_nhwc": "dt np kh kw cbi cbo off ni r hb wg sr v loaders minb",
+    "weight_grad_nhwc": "dt np kh kw cbi cbo off ni r hb wg sr v cluster loaders minb",
 }
 CONTIGUOUS = ("forward", "weight_grad")
 CHANNELS_LAST = ("forward, channels_last", "weight_grad, channels_last")
@@ -116,13 +116,23 @@ def test_copies_are_as_wide_as_the_alignment_allows(problem):
     v, size = t["v"], 4 if shape.dtype == torch.float32 else 2
     assert v in (2, 4, 8, 16)
     if "nhwc" in plan.launch.expression:
-        # Whole elements, of channels of the block alone.
-        channels = plan.channels if "mt" in t else 8 // t["wg"]
+        # Whole elements, of channels of the block alone, or of the cluster's.
+        channels = plan.channels if "mt" in t else 8 // t["wg"] * t["cluster"]
         assert v % size == 0
         assert v == size or (v <= shape.align and v <= channels * size)
         assert v == min(16, shape.align, channels * size) or v == size
     else:
         assert v == 2 or (shape.dtype != torch.float32 and v <= shape.align)
+
+
+@many
+@given(problems(("weight_grad, channels_last",)))
+def test_two_blocks_share_pixels_whose_channels_are_one_access(problem):
+    shape, gpu, plan = problem
+    t, size = template(plan), 4 if shape.dtype == torch.float32 else 2
+    channels, cluster = 8 // t["wg"], t["cluster"]
+    assert cluster == 1 or (gpu.clusters and cluster == 2 and shape.c > channels)
+    assert cluster == 1 or t["v"] == channels * cluster * size
 
 
 @many
@@ -311,11 +321,19 @@ def test_weight_gradient_covers_rows_kernel_rows_and_items(simulation, problem):
         assert (k.wg - 1) * t["r"] * 2 < shape.kh <= k.wg * t["r"] * 2
     images = t["ni"] if "sr" in t else plan.item_images
     items = math.ceil(shape.n / images) * math.ceil(shape.h / plan.item_rows) * math.ceil(shape.w / (8 * t["cbo"]))
-    assert 1 <= plan.splits == plan.launch.grid[1] <= items
-    # Every split has an item, so that every partial sum is one of something.
-    assert all(items * s // plan.splits < items * (s + 1) // plan.splits for s in range(plan.splits))
-    channels = 8 // t["wg"] if "wg" in t else 1
-    assert (plan.launch.grid[0] - 1) * channels < shape.c <= plan.launch.grid[0] * channels
+    if "nchw" in plan.launch.expression:
+        assert 1 <= plan.splits == plan.launch.grid[1] <= items
+        # Every split has an item, so that every partial sum is one of something.
+        assert all(items * s // plan.splits < items * (s + 1) // plan.splits for s in range(plan.splits))
+        assert plan.launch.grid[0] == shape.c
+        return
+    cluster, runs, _ = plan.launch.grid
+    assert cluster == t["cluster"]
+    groups = math.ceil(shape.c / (8 // t["wg"] * cluster))
+    rest = groups % runs * items
+    # What is not dealt out whole is, and every run has something.
+    assert (plan.share - 1) * runs < max(1, rest) <= plan.share * runs
+    assert groups >= runs or (runs - 1) * plan.share < rest
 
 
 @many
@@ -494,12 +512,20 @@ def units_constants(simulation, plan, t) -> dict[str, dict[str, int]]:
     if "mt" in t:
         k = forward(simulation, t)
         rows, channels, kinds = k.ts * k.mt, 8, [(t["cbi"], k.pitch, t["g"]), (t["cbo"], k.pitch, t["g"])]
+        warps, cluster = t["loaders"], 1
     else:
         k = weight_grad(simulation, t)
-        rows, channels, kinds = t["sr"], 8 // t["wg"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
+        cluster = t["cluster"]
+        warps, channels = t["loaders"] * cluster, 8 // t["wg"] * cluster
+        rows, kinds = t["sr"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
     for blocks, pitch, groups in kinds:
-        u = simulation.Units(size, t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, t["loaders"], depth=8)
-        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, channels, t["v"], rows, t["loaders"], 8
+        if cluster > 1:
+            arguments = t["dt"], t["np"], blocks, pitch, t["ni"], channels, t["v"], rows, warps, 16, cluster
+            u = simulation.SharedUnits(size, t["np"], blocks, pitch, t["ni"], channels, t["v"], warps, cluster, 0)
+            found[f"SharedUnits<{', '.join(map(str, arguments))}>"] = {"MINE": u.mine, "P::PER": u.per, "SIZE": size}
+            continue
+        u = simulation.Units(size, t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, warps, depth=8)
+        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, channels, t["v"], rows, warps, 8
         found[f"Units<{', '.join(map(str, arguments))}>"] = {
             "LINE": u.line, "LINES": u.lines, "CHUNKS": u.chunks, "BATCH": u.batch, "PIXELS": u.pixels,
             "P::PER": u.per, "P::SIZE": size,

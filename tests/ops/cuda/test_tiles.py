@@ -15,7 +15,8 @@ from replknet.ops.cuda import _plan, _plan_channels_last
 from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Shape
 
-A100, L4, H100 = Gpu("sm_80", 108, 166912), Gpu("sm_89", 58, 101376), Gpu("sm_90", 132, 232448)
+A100, L4 = Gpu("sm_80", 108, 166912), Gpu("sm_89", 58, 101376)
+H100 = Gpu("sm_90", 132, 232448, clusters=True)
 PASSES = {
     "forward": (_plan.forward_tiles, _plan.forward_plan),
     "weight_grad": (_plan.weight_grad_tiles, _plan.weight_grad_plan),

@@ -27,11 +27,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan needs to know of a GPU."""
+    """What a plan needs to know of a GPU.
+
+    Attributes:
+        arch: e.g. "sm_90".
+        multiprocessors: how many there are.
+        shared_bytes: shared memory that a block can have.
+        clusters: whether blocks can reach each other's shared memory, in clusters.
+    """
 
     arch: str
     multiprocessors: int
     shared_bytes: int
+    clusters: bool = False
 
 
 @functools.cache
@@ -39,7 +47,10 @@ def gpu_of(index: int) -> Gpu:
     """The GPU with this device index."""
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or 99 * 1024
-    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared)
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, clusters = driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)
+    clusters = status == driver.CUresult.CUDA_SUCCESS and bool(clusters)
+    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared, clusters)
 
 
 def launch(plan: Launch, device: torch.device, *arguments: Tensor | int | None) -> None:

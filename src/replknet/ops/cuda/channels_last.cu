@@ -196,6 +196,74 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int CH, int V, int S
   }
 };
 
+// The same for CLUSTER blocks that share the pixels they read, 16 bytes of each or fewer: CH channels, of which each block has a part,
+// in order. WARPS are those of all. A thread moves a unit by itself: 8 pixels of a line become 16 bytes of a plane, which are sent
+// where another block has it (words of 4 bytes, as in `Units`, took up to a quarter longer: each is an access of its own). Units run
+// through the line, the images and the rows.
+template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int WARPS, int DEPTH, int CLUSTER> struct SharedUnits {
+  static constexpr int MINE = CH / CLUSTER, SIZE = DT == F32 ? 4 : 2;
+  using P = Pixel<DT, CH, V>;
+  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI * CB, 32 * WARPS), DEPTH / (2 * P::WORDS)));
+  static_assert(CH * SIZE <= 16, "one access a pixel");
+  // Two neighbouring pixels of channel c: a word, of its next bfloat16 plane if it is float32.
+  static __device__ __forceinline__ u32 pair(u32 (&even)[P::WORDS], u32 (&odd)[P::WORDS], int c) {
+    if constexpr (DT == F32) {
+      float lo = __uint_as_float(even[c]), hi = __uint_as_float(odd[c]);
+      const u32 word = peel(lo, hi);
+      even[c] = __float_as_uint(lo), odd[c] = __float_as_uint(hi);
+      return word;
+    } else
+      return __byte_perm(even[c / 2], odd[c / 2], c & 1 ? 0x7632 : 0x5410);
+  }
+  // As Units::load. bar: the barrier that counts what is sent. Returns the bytes that this warp has sent to each of the other blocks.
+  template <class Wait> static __device__ __forceinline__ int load(const RingLayout& ring, u32 bar, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C, int limit,
+                                                                   int warp, int lane, Wait wait) {
+    const int units = max(0, rows) * NI * CB;
+    const i64 pixel = (i64)C * SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
+    // From this block's memory to that of each.
+    u32 to[CLUSTER];
+#pragma unroll
+    for (int b = 0; b < CLUSTER; b++) to[b] = b == blockIdx.x ? 0 : peer(ring.base, b) - ring.base;
+    int sent = 0;
+    bool waited = false;
+#pragma unroll 1
+    for (int first = warp * 32 + lane; first - lane < units; first += 32 * WARPS * BATCH) {
+      u32 v[BATCH][8][P::WORDS];
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        const int unit = first + k * 32 * WARPS, line = unit / CB, image = line % NI;
+        const int col = left + unit % CB * 8, mine = unit < units && image < images ? limit : 0;
+        const u8* at = x + (image * image_bytes + line / NI * row_bytes + col * pixel);
+#pragma unroll
+        for (int p = 0; p < 8; p++) P::load(v[k][p], at + p * pixel, (unsigned)(col + p) < (unsigned)W ? mine : 0);
+      }
+      if (!waited) wait();
+      waited = true;
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) {
+        const int unit = first + k * 32 * WARPS, line = unit / CB;
+        const bool there = unit < units;
+        const u32 place = ring.base + line % NI * ring.stride + (slot_row + line / NI) * PITCH + unit % CB * 16;
+        sent += __popc(__ballot_sync(~0u, there)) * (MINE * NP * 16);
+#pragma unroll
+        for (int p = 0; p < NP; p++)
+#pragma unroll
+          for (int c = 0; c < CH; c++) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) words[i] = pair(v[k][2 * i], v[k][2 * i + 1], c);
+            const u32 plane = place + p * ring.set + c % MINE * ring.plane, block = to[c / MINE];
+            if (!there) continue;
+            if (block == 0) sts128(plane, words);
+            else send128(plane + block, words, bar + block);
+          }
+      }
+    }
+    if (!waited) wait();
+    return sent;
+  }
+};
+
 // Pieces of the images in order (group of images, column tile, row range).
 struct NhwcPieces {
   int n_rows, n_cols, item_rows, images, columns, H, SR, lead;
@@ -383,97 +451,158 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
   }
 }
 
-// partial: float32 [splits, C, KH, KW]; grid (channel blocks, splits, groups of WG R kernel row pairs). Rings of x and of dy: a
-// slot holds SR rows; the stream of x is that of forward_nhwc, the stream of dy has the rows of the sets alone.
-template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int WG, int SR, int V, int LOADERS, int MINB>
-__global__ __launch_bounds__((8 + LOADERS) * 32, MINB) void weight_grad_nhwc(
-    const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, int item_rows, int lead, int xring,
+// What a run of the weight gradient does, in parts: pieces of one group of channels, of which it has sums of its own.
+//
+// While there are at least as many groups as runs, a run takes a whole one. What is left is dealt out in the order (group, piece),
+// `share` pieces to a run, each of which begins with a multiple of `share`, if it has one: runs side by side then go through the same
+// images at the same time, different channels of which lie in the same bytes of memory.
+struct WeightGradWalk {
+  int pieces, groups, share, runs, run, whole;
+  __device__ WeightGradWalk(i64 pieces, int groups, int share) : pieces((int)pieces), groups(groups), share(share), runs(gridDim.y), run(blockIdx.y), whole(groups / runs) {}
+  // The pieces of the groups that are not dealt whole, the run's first, and behind its last.
+  __device__ i64 rest() const { return (i64)(groups - whole * runs) * pieces; }
+  __device__ i64 first() const { return min(rest(), (i64)run * share); }
+  __device__ i64 last() const { return min(rest(), (i64)(run + 1) * share); }
+  __device__ int parts() const { return whole + (first() < last() ? (int)((last() - 1) / pieces - first() / pieces) + 1 : 0); }
+};
+struct WeightGradPart {
+  int group, begin, count, turn, split;
+  bool ends;  // with the group's last piece
+  __device__ __forceinline__ WeightGradPart(const WeightGradWalk& w, int part) {
+    if (part < w.whole) {
+      group = part * w.runs + w.run, begin = turn = split = 0, count = w.pieces, ends = true;
+    } else {
+      const int number = (int)(w.first() / w.pieces) + part - w.whole;
+      const i64 from = (i64)number * w.pieces, first = max(w.first(), from), last = min(w.last(), from + w.pieces);
+      group = w.whole * w.runs + number, begin = (int)(first - from), count = (int)(last - first), ends = last == from + w.pieces;
+      turn = (w.share - begin % w.share) % w.share, turn = turn < count ? turn : 0;
+      split = w.run - (int)(from / w.share);
+    }
+  }
+  __device__ __forceinline__ int piece(int i) const { return begin + (i + turn < count ? i + turn : i + turn - count); }
+};
+
+// Loads a slot of the weight gradient's rings, as `Units` or, in a cluster, `SharedUnits`; warps arrive at the barrier.
+template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int LOADERS, int CLUSTER>
+__device__ __forceinline__ void load_slot(const RingLayout& ring, u32 bar, int round, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C, int limit, int warp,
+                                          int lane) {
+  const auto wait = [&] {
+    if (round > 0) bar_wait(bar + 8, (round - 1) & 1);
+  };
+  if constexpr (CLUSTER == 1) {
+    Units<DT, NP, CB, PITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(ring, slot_row, x, images, rows, left, H, W, C, limit, warp, lane, wait);
+    warp_arrive(bar, lane);
+  } else {
+    using U = SharedUnits<DT, NP, CB, PITCH, NI, CH * CLUSTER, V, SR, LOADERS * CLUSTER, 16, CLUSTER>;
+    const int sent = U::load(ring, bar, slot_row, x, images, rows, left, H, W, C, limit, blockIdx.x * LOADERS + warp, lane, wait);
+    cluster_arrive<CLUSTER>(bar, sent, blockIdx.x, lane);
+  }
+}
+
+// partial: float32 [splits, C, KH, KW], one for each run that has pieces of a channel, zeros where there are fewer; grid (CLUSTER, runs,
+// groups of WG R kernel row pairs). Rings of x and of dy: a slot holds SR rows; the stream of x is that of forward_nhwc, the stream of
+// dy has the rows of the sets alone.
+//
+// A block has 8 / WG channels, which lie in few bytes of a pixel. CLUSTER neighbours go through the same slots together: the loaders
+// of each read a part of the lines, in the channels of all, and write a plane to the block whose channel it is.
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int WG, int SR, int V, int CLUSTER, int LOADERS, int MINB>
+__global__ __launch_bounds__((8 + LOADERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) void weight_grad_nhwc(
+    const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, int item_rows, int lead, int share, int splits, int xring,
     int xstride, int xplane, int xset, int yring, int ystride, int yplane, int yset) {
   using K = WeightGrad<DT, NP, KH, KW, CBI, CBO, OFF, NI, R, HB, 2, 8, 1, 1>;
-  constexpr int CH = 8 / WG, SIZE = DT == F32 ? 4 : 2, BARS = 512;
+  constexpr int CH = 8 / WG, ALL = CH * CLUSTER, SIZE = DT == F32 ? 4 : 2, BARS = 512;
   static_assert(SR % K::SET_ROWS == 0, "whole sets");
   extern __shared__ __align__(128) u8 smem[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, c0 = blockIdx.x * CH;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, rank = blockIdx.x;
   // Barriers of slot s: loaded, used; those of dy behind those of x.
   const u32 xbars = smem_u32(smem), ybars = xbars + xring * 16, zero = xbars + BARS;
   const RingLayout xs = {zero + K::ZERO, CH, xstride, xplane, 0, xset};
   const RingLayout ys = {xs.base + NP * xset, CH, ystride, yplane, 0, yset};
   for (int e = tid; e < K::ZERO / 4; e += (8 + LOADERS) * 32) ((u32*)(smem + BARS))[e] = 0;
-  const int number = lane * (8 + LOADERS) + warp;
-  if (number < 2 * (xring + yring)) warps_init(xbars + number * 8, number % 2 == 0 ? LOADERS : 8);
-  __syncthreads();
+  if (const int number = lane * (8 + LOADERS) + warp; number < 2 * (xring + yring)) warps_init(xbars + number * 8, (number % 2 == 0 ? LOADERS : 8) * CLUSTER);
+  cluster_sync<CLUSTER>();
   const NhwcPieces pieces(N, H, W, NI, CBO * 8, item_rows, SR, lead);
-  const i64 first = pieces.count * blockIdx.y / gridDim.y, last = pieces.count * (blockIdx.y + 1) / gridDim.y;
+  const WeightGradWalk walk(pieces.count, cdiv(C, ALL), share);
+  const int parts = walk.parts();
   RingAt p, q;
 
   if (warp >= 8) {
-    for (i64 item = first; item < last; item++) {
-      const NhwcPiece it(pieces, item);
-      const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1), limit = min(C - c0, CH);
-      const i64 image = (i64)it.n0 * H;
-      for (int j = 0, set = 0; j < it.slots; j++, p.next(xring)) {
-        const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top);
-        Units<DT, NP, CBI, K::XPITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(xs, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0, min(hi, top + SR) - h0,
-                                                      it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane, [&] {
-                                                        if (p.round > 0) bar_wait(xbars + p.slot * 16 + 8, (p.round - 1) & 1);
-                                                      });
-        warp_arrive(xbars + p.slot * 16, lane);
-        for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
-          const int h = it.row0 + set * SR;
-          Units<DT, NP, CBO, K::YPITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(ys, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0, min(it.row1 - h, SR), it.col0, H, W, C,
-                                                        limit, warp - 8, lane, [&] {
-                                                          if (q.round > 0) bar_wait(ybars + q.slot * 16 + 8, (q.round - 1) & 1);
-                                                        });
-          warp_arrive(ybars + q.slot * 16, lane);
+    for (int number = 0; number < parts; number++) {
+      const WeightGradPart part(walk, number);
+      const int c0 = part.group * ALL, limit = min(C - c0, ALL);
+      for (int i = 0; i < part.count; i++) {
+        const NhwcPiece it(pieces, part.piece(i));
+        const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
+        const i64 image = (i64)it.n0 * H;
+        for (int j = 0, set = 0; j < it.slots; j++, p.next(xring)) {
+          const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top);
+          load_slot<DT, NP, CBI, K::XPITCH, NI, CH, V, SR, LOADERS, CLUSTER>(xs, xbars + p.slot * 16, p.round, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0,
+                                                                             min(hi, top + SR) - h0, it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane);
+          for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
+            const int h = it.row0 + set * SR;
+            load_slot<DT, NP, CBO, K::YPITCH, NI, CH, V, SR, LOADERS, CLUSTER>(ys, ybars + q.slot * 16, q.round, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0,
+                                                                               min(it.row1 - h, SR), it.col0, H, W, C, limit, warp - 8, lane);
+          }
         }
       }
+      // The rings are where the consumers sum their diagonals, before the next channels come.
+      if (number + 1 < parts) cluster_sync<CLUSTER>();
     }
+    cluster_leave<CLUSTER>();
     return;
   }
 
-  typename K::Acc acc;
-#pragma unroll
-  for (int r = 0; r < R; r++)
-#pragma unroll
-    for (int d = 0; d < K::ND; d++) acc[r][d][0] = acc[r][d][1] = acc[r][d][2] = acc[r][d][3] = 0.f;
   const int kx = (lane & 7) + 8 * (lane >> 4), ky = lane & 15, pair = (blockIdx.z * WG + warp / CH) * R;
   const u32 xmine = xs.base + warp % CH * xplane + kx % NI * xstride, ymine = ys.base + warp % CH * yplane + ky % NI * ystride;
   RingAt ready;
   int ahead = 0;
-  for (i64 item = first; item < last; item++) {
-    const NhwcPiece it(pieces, item);
-    const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
-    for (int j = 0; j < it.slots; j++, p.next(xring), ahead--) {
-      for (const int need = min(j + 2 * lead, it.slots - 1) - j; ahead <= need; ahead++, ready.next(xring)) bar_wait(xbars + ready.slot * 16, ready.round & 1);
-      if (j < it.sets) {
-        bar_wait(ybars + q.slot * 16, q.round & 1);
-        const int h0 = it.row0 + j * SR, rows = min(it.row1 - h0, SR);
-        if (2 * pair < KH)
-#pragma unroll 1
-          for (int set = 0; set < cdiv(rows, K::SET_ROWS) * K::SET_TASKS; set++) {
-            const int h = set / K::SET_TASKS * K::SET_ROWS + set % K::SET_TASKS, top = h0 + h + 2 * pair - K::P;
-            const int q_lo = top + K::GR >= 0 ? 0 : (-top - K::GR + 1) / 2, q_hi = (hi - 1 - top) >> 1;
-            const int row = h + 2 * pair - K::P + kx / NI + ((lane >> 3) & 1);
-#pragma unroll 1
-            for (int i = 0; i < Terms<NP>::N; i++)
-              K::accumulate(acc, RingRows<K::XPITCH>(xmine + Terms<NP>::x(i) * xset, (p.slot + lead) * SR + row, xring * SR, h0 + row - lo, hi - lo, zero),
-                            ymine + Terms<NP>::w(i) * yset + q.slot * SR * K::YPITCH, h + ky / NI, rows, zero, q_lo, q_hi, lane);
-          }
-        warp_arrive(ybars + q.slot * 16 + 8, lane);
-        q.next(yring);
-      }
-      warp_arrive(xbars + p.slot * 16 + 8, lane);
-    }
-  }
-  // The rings are done with: every warp sums its diagonals in a corner of its own.
-  asm volatile("bar.sync 1, 256;" ::: "memory");
-  float* buffer = (float*)(smem + BARS + K::ZERO) + warp * (K::SUMS + R * 2 * KW);
-  float* taps = buffer + K::SUMS;
+  for (int number = 0; number < parts; number++) {
+    const WeightGradPart part(walk, number);
+    typename K::Acc acc;
 #pragma unroll
-  for (int r = 0; r < R; r++) K::reduce(acc[r], buffer, taps + 2 * r * KW, lane);
-  __syncwarp();
-  const int c = c0 + warp % CH, count = min(R * 2, KH - 2 * pair) * KW;
-  float* out = partial + ((i64)blockIdx.y * C + c) * (KH * KW) + 2 * pair * KW;
-  if (c < C)
-    for (int e = lane; e < count; e += 32) out[e] = taps[e];
+    for (int r = 0; r < R; r++)
+#pragma unroll
+      for (int d = 0; d < K::ND; d++) acc[r][d][0] = acc[r][d][1] = acc[r][d][2] = acc[r][d][3] = 0.f;
+    for (int i = 0; i < part.count; i++) {
+      const NhwcPiece it(pieces, part.piece(i));
+      const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
+      for (int j = 0; j < it.slots; j++, p.next(xring), ahead--) {
+        for (const int need = min(j + 2 * lead, it.slots - 1) - j; ahead <= need; ahead++, ready.next(xring)) bar_wait(xbars + ready.slot * 16, ready.round & 1);
+        if (j < it.sets) {
+          bar_wait(ybars + q.slot * 16, q.round & 1);
+          const int h0 = it.row0 + j * SR, rows = min(it.row1 - h0, SR);
+          if (2 * pair < KH)
+#pragma unroll 1
+            for (int set = 0; set < cdiv(rows, K::SET_ROWS) * K::SET_TASKS; set++) {
+              const int h = set / K::SET_TASKS * K::SET_ROWS + set % K::SET_TASKS, top = h0 + h + 2 * pair - K::P;
+              const int q_lo = top + K::GR >= 0 ? 0 : (-top - K::GR + 1) / 2, q_hi = (hi - 1 - top) >> 1;
+              const int row = h + 2 * pair - K::P + kx / NI + ((lane >> 3) & 1);
+#pragma unroll 1
+              for (int i = 0; i < Terms<NP>::N; i++)
+                K::accumulate(acc, RingRows<K::XPITCH>(xmine + Terms<NP>::x(i) * xset, (p.slot + lead) * SR + row, xring * SR, h0 + row - lo, hi - lo, zero),
+                              ymine + Terms<NP>::w(i) * yset + q.slot * SR * K::YPITCH, h + ky / NI, rows, zero, q_lo, q_hi, lane);
+            }
+          cluster_arrive<CLUSTER>(ybars + q.slot * 16 + 8, 0, rank, lane);
+          q.next(yring);
+        }
+        cluster_arrive<CLUSTER>(xbars + p.slot * 16 + 8, 0, rank, lane);
+      }
+    }
+    // The rings are done with: every warp sums its diagonals in a corner of its own.
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+    float* buffer = (float*)(smem + BARS + K::ZERO) + warp * (K::SUMS + R * 2 * KW);
+    float* taps = buffer + K::SUMS;
+#pragma unroll
+    for (int r = 0; r < R; r++) K::reduce(acc[r], buffer, taps + 2 * r * KW, lane);
+    __syncwarp();
+    const int c = part.group * ALL + rank * CH + warp % CH, count = min(R * 2, KH - 2 * pair) * KW, until = part.ends ? splits : part.split + 1;
+    if (c < C)
+      for (int s = part.split; s < until; s++) {
+        float* out = partial + ((i64)s * C + c) * (KH * KW) + 2 * pair * KW;
+        for (int e = lane; e < count; e += 32) out[e] = s == part.split ? taps[e] : 0.f;
+      }
+    if (number + 1 < parts) cluster_sync<CLUSTER>();
+  }
+  // A block's memory lasts until the others have left it alone.
+  cluster_leave<CLUSTER>(), cluster_wait<CLUSTER>();
 }

@@ -68,6 +68,9 @@ __device__ __forceinline__ u32 smem_u32(const void* p) { return (u32)__cvta_gene
 __device__ __forceinline__ void sts16(u32 a, u32 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"((u16)v) : "memory"); }
 __device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 __device__ __forceinline__ void sts64(u32 a, u32 v, u32 w) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(v), "r"(w) : "memory"); }
+__device__ __forceinline__ void sts128(u32 a, const u32 (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
 __device__ __forceinline__ u32 lds32(u32 a) {
   u32 r;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
@@ -128,6 +131,52 @@ __device__ __forceinline__ void bar_wait(u32 b, int parity) {
     asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(done) : "r"(b), "r"(parity) : "memory");
 #endif
   } while (!done);
+}
+
+// ---- clusters: blocks that read and write each other's shared memory (sm_90 and newer; a cluster of one block is none)
+#if __CUDA_ARCH__ >= 900
+#define IN_CLUSTERS_OF(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define IN_CLUSTERS_OF(blocks)
+#endif
+// From an address in shared memory to the same place in another block of the cluster.
+__device__ __forceinline__ u32 peer(u32 a, int rank) {
+  u32 r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(rank));
+  return r;
+}
+// 16 bytes for another block, on their way when this returns; when they are there, a barrier of that block has so much less to expect.
+__device__ __forceinline__ void send128(u32 a, const u32 (&v)[4], u32 b) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(a), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(b) : "memory");
+}
+// A warp arrives at the barrier b of every block of its cluster, and lets those of the others expect `sent` bytes from it. What it
+// has read and written in its own block is done by then; a release at the scope of the cluster, which costs a fence of the whole
+// GPU, is not needed: what goes to others is counted by their barriers.
+template <int CLUSTER> __device__ __forceinline__ void cluster_arrive(u32 b, int sent, int rank, int lane) {
+  if constexpr (CLUSTER == 1) warp_arrive(b, lane);
+  else {
+    __syncwarp();
+    if (lane < ARRIVALS) bar_arrive(b);
+#pragma unroll
+    for (int to = 0; to < CLUSTER; to++)
+      if (to != rank && lane < ARRIVALS)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(peer(b, to)), "r"(lane == 0 ? sent : 0) : "memory");
+  }
+}
+// All threads of a cluster meet, in two steps.
+template <int CLUSTER> __device__ __forceinline__ void cluster_leave() {
+  if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+template <int CLUSTER> __device__ __forceinline__ void cluster_wait() {
+  if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// The same in one, after which each block sees the barriers that the others have made.
+template <int CLUSTER> __device__ __forceinline__ void cluster_sync() {
+  if constexpr (CLUSTER == 1) __syncthreads();
+  else {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    cluster_leave<CLUSTER>(), cluster_wait<CLUSTER>();
+  }
 }
 
 // ---- tensor cores: d += a b, float32 accumulators
