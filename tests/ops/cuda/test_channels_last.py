@@ -288,6 +288,33 @@ def test_the_rings_of_default_plans(ring, shared, size, kernel, n):
         check_weight_grad(ring, shape, gpu, plan_cl.default_weight_grad_tile(shape, gpu), 0)
 
 
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        (64, 128, 56, 56, 31, 31),
+        (64, 256, 28, 28, 29, 29),
+        (64, 384, 64, 64, 31, 31),
+        (64, 96, 56, 56, 51, 5),
+        (16, 256, 40, 40, 21, 21),
+    ],
+    ids=str,
+)
+def test_runs_share_out_the_work_and_go_through_the_images_in_step(ring, problem, clusters):
+    """Out of step each would read all of memory for its few channels of it."""
+    shape, gpu = shape_of(*problem), Gpu("sm_90", 132, 232448, clusters)
+    tile = plan_cl.default_weight_grad_tile(shape, gpu)
+    plan = plan_cl.weight_grad_plan(shape, gpu, tile)
+    pieces, _ = rows_of(ring, shape, tile, plan, tile.rows)
+    together, (cluster, runs, _) = 8 // tile.warps * tile.cluster, plan.launch.grid
+    groups = math.ceil(shape.c / together)
+    walks = [ring.weight_grad_walk(pieces, groups, together, plan, run) for run in range(runs)]
+    orders = [[replace(item, c0=0) for part in walk for item in part.items] for walk in walks]
+    assert max(map(len, orders)) == math.ceil(groups * pieces.count / (132 // cluster))
+    for step in itertools.zip_longest(*orders):
+        assert len(set(step) - {None}) <= math.ceil(pieces.count / plan.share) + 1
+
+
 def tight_forward(ring, slots, lead=1):
     """A single block with a ring of so many slots."""
     shape = shape_of(1, 1, 9, 8, 3, 3)
