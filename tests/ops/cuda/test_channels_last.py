@@ -480,7 +480,7 @@ def test_tiles_of_chance(ring, simulation, seed):
         (3, 40, 47, 44, 31, 31),
         (5, 12, 14, 14, 27, 27),
         (1, 24, 130, 40, 51, 5),
-        (9, 10, 21, 23, 29, 29),  # channels that fill no cluster
+        (9, 10, 21, 23, 29, 29),  # channels that do not share an access
         (64, 128, 56, 56, 31, 31),
         (64, 256, 28, 28, 29, 29),
     ],

@@ -471,10 +471,10 @@ def _cluster(shape: Shape, gpu: Gpu, channels: int) -> int:
     worth it. Four blocks won on 64x64 maps only: 120 of an H200's 132 multiprocessors take them.
     """
     size = 4 if shape.dtype == torch.float32 else 2
-    # The address of a tensor does not change the tile.
+    # The address of a tensor does not change the tile. What fits this alignment divides the channels too.
     aligned = min(16, shape.c * size & -(shape.c * size))
     enough = shape.n * shape.c * shape.h * shape.w >= SHARED_FROM
-    return 2 if gpu.clusters and enough and shape.c > channels and 2 * channels * size <= aligned else 1
+    return 2 if gpu.clusters and enough and 2 * channels * size <= aligned else 1
 
 
 def _weight_grad_work(shape: Shape, tile: WeightGradTile) -> float:
