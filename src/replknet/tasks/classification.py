@@ -176,6 +176,7 @@ class Classification(lightning.LightningModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         if self._keeps_gradients:
+            # Here, because Lightning clears all gradients behind `on_fit_start`.
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

@@ -268,7 +268,7 @@ def weight_grad_warps(
                     ahead -= 1
             yield done[block], None
             yield done[block], number
-            actions.flush(part.items[0], part, warp)
+            actions.flush(part, warp)
             if part is not parts[-1]:
                 yield meeting, None
                 yield meeting, number
@@ -285,15 +285,7 @@ class Ledger:
     """
 
     def __init__(
-        self,
-        block: Block,
-        shape,
-        rows: int,
-        lead: int,
-        rings: dict[str, int],
-        channels: int,
-        loaders: int,
-        cluster: int = 1,
+        self, block: Block, shape, rows: int, lead: int, rings: dict[str, int], channels: int, loaders: int, cluster=1
     ):
         self.cluster = cluster
         self.block, self.shape, self.rows, self.lead, self.rings = block, shape, rows, lead, rings
@@ -359,7 +351,7 @@ class Ledger:
         for h in range(item.row0 + j * self.rows, min(item.row1, item.row0 + (j + 1) * self.rows)):
             self.used[warp, item.c0, item.n0, item.col0, h] += 1
 
-    def flush(self, item, part, warp):
+    def flush(self, part, warp):
         """Whoever sums in the rings of a block must be alone there, and loads come after it."""
         own = self.channels // self.cluster
         for ring, slot in ((ring, slot) for ring, slots in self.rings.items() for slot in range(slots)):

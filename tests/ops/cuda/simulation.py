@@ -941,12 +941,12 @@ class WeightGradNhwc(NhwcBlock):
             layout = replace(layout, base=layout.base + start)
             self.forget((key, block, item, j), 8, layout, 1, planes, ni, slot * t.rows, t.rows, pitch)
 
-    def flush(self, item, part, warp):
-        """A warp's sums of the channels of `item` to the part's place in the partial sums [splits, C, KH, KW]."""
+    def flush(self, part, warp):
+        """A warp's sums of the part's channels to the part's place in the partial sums [splits, C, KH, KW]."""
         k, start, base = self.k, warp // 8 * self.window, self.barriers + self.k.zero
         # The warps' corners lie in the rings.
         self.memory[(start + base) // 2 : (start + self.window) // 2] = np.nan
-        c, pair = item.c0 + warp // 8 * self.channels + warp % self.channels, self.pair(warp)
+        c, pair = part.items[0].c0 + warp // 8 * self.channels + warp % self.channels, self.pair(warp)
         for r in range(k.r):
             ky = 2 * (pair + r)
             if c < self.shape.c and ky < k.kh:

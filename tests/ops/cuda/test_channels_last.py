@@ -170,6 +170,9 @@ def test_lanes_of_a_warp_seldom_meet_in_a_bank(simulation, blocks, groups, image
 def shared(monkeypatch):
     """Clusters for small problems too."""
     monkeypatch.setattr(plan_cl, "SHARED_FROM", 0)
+    kernels._weight_grad_plan_channels_last.cache_clear()
+    yield
+    kernels._weight_grad_plan_channels_last.cache_clear()
 
 
 def forward_tile(rng, shape) -> ForwardTile:
@@ -492,8 +495,6 @@ def test_blocks_that_share_pixels(cuda, oracle, shared, problem, dtype):
     tile = plan_cl.default_weight_grad_tile(shape_of(*problem, (dtype, 3 if dtype == torch.float32 else 1)), gpu)
     size = 4 if dtype == torch.float32 else 2
     assert tile.cluster == 2 or 2 * 8 // tile.warps * size > 16 or problem[1] * size % 16
-    kernels._weight_grad_plan_channels_last.cache_clear()
     x, w, b, g = oracle.make_inputs(*problem, dtype, cuda, channels_last=True)
     oracle.check(partial(depthwise_conv2d, backend="cuda"), x, w, b, g)
     assert torch.equal(*(kernels.weight_grad(g, x, *problem[4:]) for _ in range(2)))
-    kernels._weight_grad_plan_channels_last.cache_clear()

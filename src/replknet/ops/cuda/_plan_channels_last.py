@@ -342,7 +342,10 @@ class WeightGradTile(Tile):
 
 @dataclass(frozen=True)
 class WeightGradPlan:
-    """A launch of the weight-gradient kernel, its tile arguments, and the number of partial sums to add."""
+    """A launch of the weight-gradient kernel, its tile arguments, and the number of partial sums to add.
+
+    `share`: pieces of the images that a run has, of those channels of which it has not all pieces.
+    """
 
     launch: Launch
     item_rows: int
