@@ -1,5 +1,6 @@
 """Processes and devices of a command that torchrun may have started several times."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,8 @@ def process_device(requested: str = "auto") -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        # What refers to the group goes first: a thread of it that outlives the interpreter ends the process by SIGABRT.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -104,10 +104,7 @@ def train(
     with _process(device, config) as chosen, _one_line_errors():
         if chosen.type == "cpu" and config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
             raise UsageError("mixed-precision training (AmpOptimWrapper) needs a GPU; on a CPU set --precision fp32")
-        runner = TaskRunner.from_cfg(config)
-        if weights is not None and not resumes:
-            runner.register_hook(_StartFrom(weights, may_differ))
-        return runner.train()
+        return _train(config, None if weights is None or resumes else _StartFrom(weights, may_differ))
 
 
 def evaluate(
@@ -136,12 +133,25 @@ def evaluate(
     for key in ("val_dataloader", "val_cfg", "val_evaluator"):
         config.pop(key, None)
     with _process(device, config) as chosen, _one_line_errors():
-        runner = TaskRunner.from_cfg(config)
-        bare = bare_model(runner.model)
-        if prepare is not None:
-            prepare(bare)
-        with autocast(chosen, precision):
-            metrics = runner.test()
+        return _test(config, prepare, chosen, precision)
+
+
+# The runner and the wrapped model are gone when these return, before the process group is.
+def _train(config: Config, start: Hook | None) -> nn.Module:
+    runner = TaskRunner.from_cfg(config)
+    if start is not None:
+        runner.register_hook(start)
+    return bare_model(runner.train())
+
+
+def _test(
+    config: Config, prepare: Callable[[nn.Module], object] | None, device: torch.device, precision: Precision | None
+) -> dict[str, float]:
+    runner = TaskRunner.from_cfg(config)
+    if prepare is not None:
+        prepare(bare_model(runner.model))
+    with autocast(device, precision):
+        metrics = runner.test()
     return {name: float(value) for name, value in metrics.items()}
 
 
