@@ -152,65 +152,80 @@ class Block:
         return self.current, self.clocks[self.current][self.current]
 
 
-def forward_warps(items, lead, ring, warps: tuple[int, int, int], channels: int, actions) -> list[Iterator]:
-    """Consumers, loaders and storers of forward_nhwc."""
+def forward_warps(
+    items, lead, ring, warps: tuple[int, int, int], channels: int, actions, cluster: int = 1, together: bool = False
+) -> list[Iterator]:
+    """Consumers, loaders and storers of forward_nhwc, those of all blocks of a cluster; `warps` are a block's.
+
+    `channels` are a block's; actions are told the number of a channel among all. Storers of two blocks may go together.
+    """
     consumers, loaders, storers = warps
-    loaded, convolved, stored = ([Barrier(count) for _ in range(ring)] for count in (loaders, consumers, storers))
-    read = [[Barrier(1) for _ in range(channels)] for _ in range(ring)]
-    tables, own = Barrier(consumers), channels % consumers == 0
+
+    def barriers(count: int) -> list[list[Barrier]]:
+        return [[Barrier(count) for _ in range(ring)] for _ in range(cluster)]
+
+    loaded, convolved, stored = barriers(loaders * cluster), barriers(consumers), barriers(storers * cluster)
+    read = [[[Barrier(1) for _ in range(channels)] for _ in range(ring)] for _ in range(cluster)]
+    others, tables, own = barriers(1), [Barrier(consumers) for _ in range(cluster)], channels % consumers == 0
 
     def storer(warp):
-        p = RingAt(ring)
+        block, p = warp // storers, RingAt(ring)
         for item in items:
             for j in range(item.slots):
-                yield convolved[p.slot], p.round
+                yield convolved[block][p.slot], p.round
+                if together and warp % storers == 0:
+                    yield others[1 - block][p.slot], None
+                if together and j < item.sets:
+                    yield others[block][p.slot], p.round
                 if j < item.sets:
                     actions.store(item, j, p.slot, warp)
-                yield stored[p.slot], None
+                yield from ((every[p.slot], None) for every in stored)
                 p.next()
 
     def loader(warp):
-        p = RingAt(ring)
+        block, p = warp // loaders, RingAt(ring)
         for item in items:
             for j in range(item.slots):
                 if p.round > 0:
-                    yield stored[p.slot], p.round - 1
+                    yield stored[block][p.slot], p.round - 1
                 actions.load(item, j, p.slot, warp)
-                yield loaded[p.slot], None
+                yield from ((every[p.slot], None) for every in loaded)
                 p.next()
 
     def consumer(warp):
-        p, ready, ahead, turn, before, built, builds = RingAt(ring), RingAt(ring), 0, warp, (0, 0), -1, 0
+        block, p, ready, ahead, turn = warp // consumers, RingAt(ring), RingAt(ring), 0, warp % consumers
+        before, built, builds = (0, 0), -1, 0
         for item in items:
             if built != item.c0 and not own:
                 # Tables are built in between.
                 for _ in range(2):
-                    yield tables, None
-                    yield tables, builds
+                    yield tables[block], None
+                    yield tables[block], builds
                     builds += 1
                 built = item.c0
             for j in range(item.slots):
                 while ahead <= min(j + 2 * lead, item.slots - 1) - j:
-                    yield loaded[ready.slot], ready.round
+                    yield loaded[block][ready.slot], ready.round
                     ready.next()
                     ahead += 1
                 for channel in range(turn, channels, consumers):
                     if j < item.sets:
-                        actions.convolve(item, j, p.slot, channel)
+                        actions.convolve(item, j, p.slot, block * channels + channel)
                     if not own:
                         if before[0] != p.slot:
-                            yield read[before[0]][channel], before[1]
-                        yield read[p.slot][channel], None
+                            yield read[block][before[0]][channel], before[1]
+                        yield read[block][p.slot][channel], None
                     if j < item.sets:
-                        actions.finish(item, j, p.slot, channel)
+                        actions.finish(item, j, p.slot, block * channels + channel)
                     turn = channel + consumers
-                yield convolved[p.slot], None
+                yield convolved[block][p.slot], None
                 before = p.slot, p.round
                 p.next()
                 ahead -= 1
                 turn -= channels
 
-    return [*map(consumer, range(consumers)), *map(loader, range(loaders)), *map(storer, range(storers))]
+    kinds = (consumer, consumers), (loader, loaders), (storer, storers)
+    return [kind(warp) for kind, count in kinds for warp in range(count * cluster)]
 
 
 def weight_grad_warps(
@@ -280,14 +295,24 @@ def weight_grad_warps(
 class Ledger:
     """What lies in every slot, and who may touch it.
 
-    A channel has planes of its own, a loader lines of its own: a part of a slot is (ring, slot, channel, loader). In
-    the weight gradient a consumer stands for its channel, and channels and loaders are those of a whole cluster.
+    A channel has planes of its own, a loader lines of its own: a part of a slot is (ring, slot, channel, loader).
+    Channels and loaders are those of a whole cluster; in the weight gradient a consumer stands for its channel.
+    `storers`: of a block that stores its own channels; 0 if all storers store those of all blocks.
     """
 
     def __init__(
-        self, block: Block, shape, rows: int, lead: int, rings: dict[str, int], channels: int, loaders: int, cluster=1
+        self,
+        block: Block,
+        shape,
+        rows: int,
+        lead: int,
+        rings: dict[str, int],
+        channels: int,
+        loaders: int,
+        cluster=1,
+        storers=0,
     ):
-        self.cluster = cluster
+        self.cluster, self.storers = cluster, storers
         self.block, self.shape, self.rows, self.lead, self.rings = block, shape, rows, lead, rings
         self.channels, self.loaders = channels, loaders
         self.content, self.written, self.reads = {}, {}, {}
@@ -334,8 +359,10 @@ class Ledger:
             self._write(part, ("output", item, j))
 
     def store(self, item, j, slot, warp):
-        for part in self._parts("x", slot):
-            self._read(part, ("output", item, j))
+        own = self.channels // self.cluster
+        for channel in range(warp // self.storers * own, (warp // self.storers + 1) * own) if self.storers else (None,):
+            for part in self._parts("x", slot, channel=channel):
+                self._read(part, ("output", item, j))
         for h in range(item.row0 + j * self.rows, min(item.row1, item.row0 + (j + 1) * self.rows)):
             self.stored[warp, item.c0, item.n0, item.col0, h] += 1
 

@@ -21,6 +21,9 @@ PROBLEMS = [
     (1, 3, 1, 1, 3, 3),
     (3, 40, 47, 44, 5, 5),
     (9, 3, 5, 11, 3, 3),
+    (2, 64, 20, 24, 13, 13),
+    (8, 64, 28, 28, 7, 7),
+    (2, 16, 41, 48, 31, 31),
 ]
 DTYPES = [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-4)]
 
@@ -43,7 +46,7 @@ def main() -> None:
     if "every_lane_arrives" in sys.argv:
         _compile._OPTIONS["define_macro"] = ("ARRIVALS", "32")
     # Clusters are for larger problems than these.
-    _plan_channels_last.SHARED_FROM = 0
+    _plan_channels_last.FORWARD_SHARED_FROM = _plan_channels_last.WEIGHT_GRAD_SHARED_FROM = 0
     torch.manual_seed(0)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     for problem, (dtype, limit), memory_format in itertools.product(

@@ -685,40 +685,64 @@ class Units:
 
 
 class SharedUnits:
-    """struct SharedUnits: `channels` of all blocks of a cluster, whose shared memory lies `window` bytes apart."""
+    """struct SharedUnits: `groups` groups of `channels`, those of all blocks of a cluster, `window` bytes apart."""
 
-    def __init__(self, size, planes, blocks, pitch, images, channels, width, warps, cluster, window):
+    def __init__(self, size, planes, blocks, pitch, images, groups, channels, width, warps, cluster, window):
         self.size, self.planes, self.blocks, self.pitch, self.ni = size, planes, blocks, pitch, images
-        self.channels, self.per, self.warps = channels, width // size, warps
-        self.mine, self.window = channels // cluster, window
+        self.groups, self.channels, self.per, self.warps = groups, channels, width // size, warps
+        self.mine, self.window = groups * channels // cluster, window
 
-    def _read_pixel(self, x, at, limit):
-        v = np.zeros((32, self.channels))
+    def _units(self, warp, rows):
+        """Of every access of a warp: whether lanes have a unit, its group, column block, image and row."""
+        units = max(0, rows) * self.ni * self.blocks * self.groups
+        for first in range(warp * 32, units, 32 * self.warps):
+            unit, group = first + LANE, LANE % self.groups
+            line, block = unit // self.groups // self.blocks, unit // self.groups % self.blocks
+            yield unit < units, group, block, line % self.ni, line // self.ni
+
+    def _planes(self, ring, group, block, image, row):
+        """Shared addresses of a unit, one for each of its channels."""
+        place = ring.base + image * ring.stride + row * self.pitch + block * 16
+        for c in range(self.channels):
+            owner, own = np.divmod(group * self.channels + c, self.mine)
+            yield place + own // 8 * ring.group + own % 8 * ring.plane + owner * self.window
+
+    def _parts(self, limit):
         for i in range(0, self.channels, self.per):
             ok = i < limit
-            assert (i + self.per <= limit)[ok].all(), "a read past the last channel"
-            assert (at[ok] % self.per == 0).all(), "a read that is not aligned"
-            v[ok, i : i + self.per] = x[at[ok, None] + i + np.arange(self.per)]
-        return v
+            assert (i + self.per <= limit)[ok].all(), "past the last channel"
+            yield ok, i + np.arange(self.per)
 
     def load(self, ring, slot_row, x, start, images, rows, left, height, width, channels, limit, warp):
         """(addresses, values [32, 8], mask) of every store of a warp to shared memory, its own or another block's."""
-        units = max(0, rows) * self.ni * self.blocks
-        for number in range(warp * 32, units, 32 * self.warps):
-            unit = number + LANE
-            line, block, there = unit // self.blocks, unit % self.blocks, unit < units
-            image, row, col = line % self.ni, line // self.ni, left + block * 8
-            mine = np.where(there & (image < images), limit, 0)
-            at = start + ((image * height + row) * width + col) * channels
-            inside = [(col + p >= 0) & (col + p < width) for p in range(8)]
-            v = [self._read_pixel(x, at + p * channels, np.where(inside[p], mine, 0)) for p in range(8)]
-            place = ring.base + image * ring.stride + (slot_row + row) * self.pitch + block * 16
-            pixels = np.stack(v, 2)
+        for there, group, block, image, row in self._units(warp, rows):
+            first = group * self.channels
+            mine, pixels = np.where(there & (image < images), limit - first, 0), np.zeros((32, self.channels, 8))
+            for p in range(8):
+                col = left + block * 8 + p
+                at = start + first + ((image * height + row) * width + col) * channels
+                for ok, part in self._parts(np.where((col >= 0) & (col < width), mine, 0)):
+                    assert ((at + part[0])[ok] % self.per == 0).all(), "a read that is not aligned"
+                    pixels[ok, part[0] : part[-1] + 1, p] = x[at[ok, None] + part]
             for p in range(self.planes):
                 plane, pixels = peel(pixels) if self.size == 4 else (pixels, pixels)
-                for c in range(self.channels):
-                    block_of, own = divmod(c, self.mine)
-                    yield place + p * ring.set + own * ring.plane + block_of * self.window, plane[:, c], there
+                for c, address in enumerate(self._planes(ring, group, block, image, slot_row + row)):
+                    yield address + p * ring.set, plane[:, c], there
+
+    def store(self, ring, slot_row, memory, images, rows, columns, height, width, channels, limit, warp):
+        """As Units.store."""
+        for there, group, block, image, row in self._units(warp, rows):
+            there = there & (image < images)
+            pixels = np.zeros((32, 8, 8))
+            for c, address in enumerate(self._planes(ring, group, block, image, slot_row + row)):
+                yield "read", address, there
+                pixels[there, :, c] = memory[address[there, None] // 2 + np.arange(8)]
+            first = group * self.channels
+            for p in range(8):
+                col = block * 8 + p
+                at = first + ((image * height + row) * width + col) * channels
+                for ok, part in self._parts(np.where(there & (col < columns), limit - first, 0)):
+                    yield "write", at[ok, None] + part, pixels[ok, p][:, part]
 
 
 def split_halves(v):
@@ -764,11 +788,14 @@ class NhwcBlock:
 
 
 class ForwardNhwc(NhwcBlock):
-    """What the warps of forward_nhwc do between their barriers."""
+    """What the warps of forward_nhwc do between their barriers, in one cluster.
+
+    Warps and channels are numbered through the blocks of the cluster, whose shared memory lies in one array.
+    """
 
     def __init__(self, k, x, weight, bias, plan, shape, tile, width, y, writes):
-        self.barriers = round_up(plan.slots * (24 + 8 * plan.channels), 128)
-        super().__init__(shape, plan, k.zero)
+        self.barriers = round_up(plan.slots * ((32 if tile.stores_together else 24) + 8 * plan.channels), 128)
+        super().__init__(shape, plan, k.zero, tile.cluster)
         self.k, self.plan, self.tile, self.x, self.weight, self.bias, self.y, self.writes = (
             k, plan, tile, x.reshape(-1), weight, bias, y.reshape(-1), writes.reshape(-1),
         )  # fmt: skip
@@ -777,9 +804,17 @@ class ForwardNhwc(NhwcBlock):
         self.layout = RingLayout(base, min(8, plan.channels), ring.stride, ring.plane, ring.group, ring.set)
         self.rows = k.ts * k.mt
         self.into, self.back = (
-            Units(self.size, shape.planes, blocks, k.pitch, k.ni, tile.groups, width, self.rows, warps)
-            for blocks, warps in ((k.columns.inputs, tile.loaders), (k.columns.outputs, tile.storers))
-        )
+            SharedUnits(
+                self.size, shape.planes, blocks, k.pitch, k.ni, tile.groups * tile.cluster, 8, width,
+                warps * tile.cluster, tile.cluster, self.window,
+            )
+            if together
+            else Units(self.size, shape.planes, blocks, k.pitch, k.ni, tile.groups, width, self.rows, warps)
+            for blocks, warps, together in (
+                (k.columns.inputs, tile.loaders, tile.cluster > 1),
+                (k.columns.outputs, tile.storers, tile.stores_together),
+            )
+        )  # fmt: skip
         self.built, self.results = {}, {}
 
     def limits(self, item):
@@ -792,17 +827,21 @@ class ForwardNhwc(NhwcBlock):
             self.into.load(
                 self.layout, slot * self.rows + h0 - top, self.x, self.offset(item, h0), s.n - item.n0,
                 min(hi, top + self.rows) - h0, item.col0 - 8 * self.k.columns.offset, s.h, s.w, s.c,
-                min(s.c - item.c0, self.plan.channels), warp,
+                min(s.c - item.c0, self.plan.channels * self.tile.cluster), warp,
             )
         )  # fmt: skip
 
     def convolve(self, item, j, slot, channel):
         if (c := item.c0 + channel) < self.shape.c:
-            table = self.tables + channel * self.table_bytes
+            block, own = divmod(channel, self.plan.channels)
+            table, zero = (
+                block * self.window + self.tables + own * self.table_bytes,
+                block * self.window + self.barriers,
+            )
             if self.built.get(channel) != c:
                 self.built[channel] = c
                 self.build(table, self.weight[c])
-            acc = self.products(item, j, slot, self.plane(channel), table + self.k.table.lane_offset())
+            acc = self.products(item, j, slot, self.plane(channel), table + self.k.table.lane_offset(), zero)
             self.results[item, j, channel] = acc + self.bias[c]
 
     def finish(self, item, j, slot, channel):
@@ -810,7 +849,8 @@ class ForwardNhwc(NhwcBlock):
             self.put_results(self.results.pop((item, j, channel)), slot, self.plane(channel))
 
     def plane(self, channel):
-        return self.layout.base + channel // 8 * self.layout.group + channel % 8 * self.layout.plane
+        block, own = divmod(channel, self.plan.channels)
+        return block * self.window + self.layout.base + own // 8 * self.layout.group + own % 8 * self.layout.plane
 
     def build(self, table, weight):
         if self.size == 2:
@@ -819,7 +859,7 @@ class ForwardNhwc(NhwcBlock):
             plane, weight = peel(weight)
             self.k.table.build(self.memory, table + p * 2 * self.k.table.copy, plane, False, 32)
 
-    def products(self, item, j, slot, plane, table):
+    def products(self, item, j, slot, plane, table, zero):
         k, (lo, hi), h0 = self.k, self.limits(item), item.row0 + j * self.rows
         tiles = min(k.mt, math.ceil((item.row1 - h0) / k.ts))
         e0 = max(0, k.p - h0 - k.gr) & ~1
@@ -828,7 +868,7 @@ class ForwardNhwc(NhwcBlock):
         for x, w in TERMS[self.shape.planes]:
             rows = RingRows(
                 plane + x * self.layout.set + k.img * self.layout.stride, (slot + self.plan.halo) * self.rows + row,
-                self.plan.slots * self.rows, h0 + row - lo, min(hi, h0 + self.rows + k.p + 1) - lo, self.barriers,
+                self.plan.slots * self.rows, h0 + row - lo, min(hi, h0 + self.rows + k.p + 1) - lo, zero,
                 k.pitch,
             )  # fmt: skip
             run = k.accumulate if k.window or k.mt <= 2 else k.accumulate_apart
@@ -847,19 +887,25 @@ class ForwardNhwc(NhwcBlock):
                 self.memory[to] = v
 
     def store(self, item, j, slot, warp):
-        s, h0 = self.shape, item.row0 + j * self.rows
-        start = self.offset(item, h0) + item.col0 * s.c
+        s, h0, storers = self.shape, item.row0 + j * self.rows, self.tile.storers
+        # A block's own channels, or those of all.
+        block, first, limit = warp // storers, warp // storers * self.plan.channels, self.plan.channels
+        if self.tile.stores_together:
+            block, first, limit, storers = 0, 0, limit * self.tile.cluster, storers * self.tile.cluster
+        layout = replace(self.layout, base=self.layout.base + block * self.window)
+        start = self.offset(item, h0) + item.col0 * s.c + first
         for kind, at, values in self.back.store(
-            self.layout, slot * self.rows, self.memory, s.n - item.n0, min(self.rows, item.row1 - h0),
-            s.w - item.col0, s.h, s.w, s.c, min(s.c - item.c0, self.plan.channels), warp,
+            layout, slot * self.rows, self.memory, s.n - item.n0, min(self.rows, item.row1 - h0),
+            s.w - item.col0, s.h, s.w, s.c, min(s.c - item.c0 - first, limit), warp % storers,
         ):  # fmt: skip
             if kind == "write":
                 self.y[start + at] = values
                 np.add.at(self.writes, start + at, 1)
-        self.forget(
-            (item, j), self.tile.storers, self.layout, self.tile.groups, s.planes, self.k.ni, slot * self.rows,
-            self.rows, self.k.pitch,
-        )  # fmt: skip
+        for window in range(self.tile.cluster) if self.tile.stores_together else (0,):
+            self.forget(
+                (block, window, item, j), storers, replace(layout, base=layout.base + window * self.window),
+                self.tile.groups, s.planes, self.k.ni, slot * self.rows, self.rows, self.k.pitch,
+            )  # fmt: skip
 
 
 class WeightGradNhwc(NhwcBlock):
@@ -881,7 +927,7 @@ class WeightGradNhwc(NhwcBlock):
             Units(self.size, shape.planes, n, pitch, k.ni, 1, width, tile.rows, tile.loaders)
             if tile.cluster == 1
             else SharedUnits(
-                self.size, shape.planes, n, pitch, k.ni, self.channels * tile.cluster, width,
+                self.size, shape.planes, n, pitch, k.ni, 1, self.channels * tile.cluster, width,
                 tile.loaders * tile.cluster, tile.cluster, self.window,
             )
             for n, pitch in ((k.columns.inputs, k.x_pitch), (k.columns.outputs, k.y_pitch))

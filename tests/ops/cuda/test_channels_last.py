@@ -42,12 +42,9 @@ UNITS = [(blocks, groups, images) for blocks, groups, images in itertools.produc
 
 def ring_layout(simulation, slots_rows, blocks, images, groups, channels, planes):
     """As the plan lays it out."""
-    tile = ForwardTile(Columns(blocks, blocks, 0, 1), images, 1, groups, channels, 1, 1, 1, 1, 1)
-    rows = plan_cl.set_rows(tile)
-    ring = plan_cl._ring(
-        Shape(1, channels, 9, 8 * blocks, 3, 3, torch.float16, planes, 16),
-        ForwardTile(tile.columns, images, 1, groups, channels, 1, 1, 1, 1, math.ceil(slots_rows / rows)),
-    )
+    tile = ForwardTile(Columns(blocks, blocks, 0, 1), images, 1, groups, channels, 1, 1, 1, 1, 1, 1)
+    shape = Shape(1, channels, 9, 8 * blocks, 3, 3, torch.float16, planes, 16)
+    ring = plan_cl._ring(shape, replace(tile, slots=math.ceil(slots_rows / plan_cl.set_rows(tile))))
     pitch, _ = image_stride(1, blocks, images)
     layout = simulation.RingLayout(128, min(8, channels), ring.stride, ring.plane, ring.group, ring.set)
     return layout, pitch, 128 + planes * ring.set
@@ -169,32 +166,41 @@ def test_lanes_of_a_warp_seldom_meet_in_a_bank(simulation, blocks, groups, image
 @pytest.fixture
 def shared(monkeypatch):
     """Clusters for small problems too."""
-    monkeypatch.setattr(plan_cl, "SHARED_FROM", 0)
-    kernels._weight_grad_plan_channels_last.cache_clear()
+    monkeypatch.setattr(plan_cl, "FORWARD_SHARED_FROM", 0)
+    monkeypatch.setattr(plan_cl, "WEIGHT_GRAD_SHARED_FROM", 0)
+    plans = kernels._forward_plan_channels_last, kernels._weight_grad_plan_channels_last
+    for plan in plans:
+        plan.cache_clear()
     yield
-    kernels._weight_grad_plan_channels_last.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
-def forward_tile(rng, shape) -> ForwardTile:
+def forward_tile(rng, shape, gpu) -> ForwardTile:
     """Any tile, whatever the rules of the plan would choose."""
     columns = rng.choice(list(plan_cl._column_cuts(shape)))
     images, tiles = rng.choice(plan_cl._image_counts(shape)), rng.choice((1, 1, 2, 3))
     groups, channels = rng.choice(((2, 16), (1, 8), (1, 4), (1, 2), (1, 1)))
     warps, loaders, storers = rng.choice((8, 10, 12, 16)), rng.choice((2, 4)), rng.choice((2, 4))
-    tile = ForwardTile(columns, images, tiles, groups, channels, warps, loaders, storers, 1, 1)
+    # Two blocks have whole groups of 16-bit values each, and no block is left alone.
+    pairs = gpu.clusters and shape.dtype != torch.float32 and channels >= 8
+    pairs = pairs and plan_cl._share(shape, channels, gpu.multiprocessors) % 2 == 0
+    cluster = rng.choice((1, 2)) if pairs else 1
+    tile = ForwardTile(columns, images, tiles, groups, channels, warps, loaders, storers, 1, 1, cluster)
     halo = plan_cl.halo_slots(shape, tile) if shape.h > plan_cl.set_rows(tile) else 0
     return replace(tile, slots=1 + 2 * halo + rng.choice((0, 0, 1, 2, 3)))
 
 
-def weight_grad_tile(rng, shape) -> WeightGradTile:
+def weight_grad_tile(rng, shape, gpu) -> WeightGradTile:
     """The same for the weight gradient; a warp's kernel rows are within the ring, as in `_weight_grad_tiles`."""
     columns, images = rng.choice(list(plan_cl._column_cuts(shape))), rng.choice(plan_cl._image_counts(shape))
     shared, warps = 2 if images == 8 else 1, rng.choice((1, 2, 4))
     pairs = rng.randint(1, math.ceil((shape.kh + 1) // 2 / warps))
     rows = 16 // images * shared * rng.choice((1, 1, 2, 3))
     # A cluster's channels are 16 bytes of a pixel at most.
-    cluster = min(warps if shape.dtype != torch.float32 else max(1, warps // 2), rng.choice((1, 2, 4)))
-    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, cluster, rng.choice((1, 4)), 1, 1, 1)
+    most = warps if shape.dtype != torch.float32 else max(1, warps // 2)
+    cluster = min(most, rng.choice((1, 2, 4))) if gpu.clusters else 1
+    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, cluster, rng.choice((1, 4)), 1, 1, 1, 0)
     halo, spare = plan_cl._weight_grad_halo(shape, tile), rng.choice((0, 0, 1, 2))
     if halo:
         spare += max(0, math.ceil((2 * pairs + 2) / rows) - 2 * halo - 1)
@@ -210,11 +216,11 @@ def problems(draw, tile_of):
         draw(odd), draw(odd),
     )  # fmt: skip
     rng = random.Random(draw(st.integers(0, 1 << 30)))
-    tile = tile_of(rng, shape)
+    gpu = replace(CLUSTERED, shared_bytes=1 << 24, multiprocessors=draw(st.integers(4, 40)))
+    tile = tile_of(rng, shape, gpu)
     # Enough is seen in a moment.
     assume(math.ceil(shape.n / tile.images) * tile.columns.tiles * shape.h * shape.c <= 6000)
-    multiprocessors = draw(st.integers(4, 40))
-    return shape, replace(CLUSTERED, shared_bytes=1 << 24, multiprocessors=multiprocessors), tile
+    return shape, gpu, tile
 
 
 many = settings(max_examples=120, deadline=None, derandomize=True)
@@ -229,18 +235,26 @@ def rows_of(ring, shape, tile, plan, rows):
 
 
 def check_forward(ring, shape, gpu, tile, seed):
-    plan, rows = plan_cl.forward_plan(shape, gpu, tile), plan_cl.set_rows(tile)
+    plan, rows, cluster = plan_cl.forward_plan(shape, gpu, tile), plan_cl.set_rows(tile), tile.cluster
     pieces, places = rows_of(ring, shape, tile, plan, rows)
-    blocks, stored = plan.launch.grid[0], Counter()
-    for number in range(blocks):
+    stored = Counter()
+    for number in range(0, plan.launch.grid[0], cluster):
         items = ring.forward_walk(pieces, shape, plan, number)
         assert items, "a block without work"
+        # The others of a cluster do the same with the channels behind.
+        for other in range(1, cluster):
+            theirs = ring.forward_walk(pieces, shape, plan, number + other)
+            assert theirs == [replace(item, c0=item.c0 + other * plan.channels) for item in items]
         block, consumers = ring.Block(seed + number), (3, 5, 2)[seed % 3]
-        ledger = ring.Ledger(block, shape, rows, plan.halo, {"x": plan.slots}, 3, 2)
-        block.run(ring.forward_warps(items, plan.halo, plan.slots, (consumers, 2, 2), 3, ledger))
+        ledger = ring.Ledger(
+            block, shape, rows, plan.halo, {"x": plan.slots}, 3 * cluster, 2 * cluster, cluster,
+            0 if tile.stores_together else 2,
+        )  # fmt: skip
+        warps = consumers, 2, 2
+        block.run(ring.forward_warps(items, plan.halo, plan.slots, warps, 3, ledger, cluster, tile.stores_together))
         stored += ledger.stored
-    channels = range(0, shape.c, plan.channels)
-    assert stored == Counter({(warp, c0, *at): 1 for warp in range(2) for c0 in channels for at in places})
+    channels = range(0, shape.c, plan.channels * cluster)
+    assert stored == Counter({(warp, c0, *at): 1 for warp in range(2 * cluster) for c0 in channels for at in places})
 
 
 def check_weight_grad(ring, shape, gpu, tile, seed):
@@ -285,9 +299,9 @@ def test_the_weight_gradients_rings_move_every_row_once_and_in_time(ring, proble
 @pytest.mark.parametrize("kernel", [3, 13, 31])
 @pytest.mark.parametrize("n", [1, 9])
 def test_the_rings_of_default_plans(ring, shared, size, kernel, n):
-    shape = shape_of(n, 24, size, size, kernel, kernel)
-    check_forward(ring, shape, SMALL, plan_cl.default_forward_tile(shape, SMALL), 0)
+    shape = shape_of(n, 32, size, size, kernel, kernel)
     for gpu in (SMALL, CLUSTERED):
+        check_forward(ring, shape, gpu, plan_cl.default_forward_tile(shape, gpu), 0)
         check_weight_grad(ring, shape, gpu, plan_cl.default_weight_grad_tile(shape, gpu), 0)
 
 
@@ -367,6 +381,24 @@ def test_a_consumer_that_overtakes_its_channel_is_found(ring):
         run(hasty=True)
 
 
+def test_a_storer_that_does_not_wait_for_the_other_block_is_found(ring):
+    shape = shape_of(1, 16, 30, 8, 3, 3)
+    items = [ring.Pieces(shape, 1, 8, 30, 2, 1).item(0)]
+
+    def run(hasty):
+        for seed in range(10):
+            block = ring.Block(seed)
+            ledger = ring.Ledger(block, shape, 2, 1, {"x": 8}, 4, 4, cluster=2)
+            warps = ring.forward_warps(items, 1, 8, (2, 2, 2), 2, ledger, cluster=2, together=True)
+            # What a storer waits for besides its own block's consumers counts to 1.
+            unheard = lambda warp: (at for at in warp if at[1] is None or at[0].count > 1)  # noqa: E731
+            block.run([*warps[:8], *map(unheard, warps[8:])] if hasty else warps)
+
+    run(hasty=False)
+    with pytest.raises(AssertionError, match=r"may not be done|instead of"):
+        run(hasty=True)
+
+
 # ---- both kernels whole
 def close(got, expected, tolerance):
     assert not np.isnan(got).any()
@@ -402,11 +434,13 @@ def run_forward(ring, simulation, shape, gpu, tile):
     k = simulation.Forward(shape.kh, shape.kw, columns, tile.images, tile.tiles, warps, tile.blocks)
     pieces, _ = rows_of(ring, shape, tile, plan, plan_cl.set_rows(tile))
     y, writes = np.full(x.shape, np.nan), np.zeros(x.shape, int)
-    for number in range(plan.launch.grid[0]):
+    for number in range(0, plan.launch.grid[0], tile.cluster):
         actions = simulation.ForwardNhwc(k, x, weight, bias, plan, shape, tile, copy_width(plan, 10), y, writes)
         items = ring.forward_walk(pieces, shape, plan, number)
         counts = tile.warps, tile.loaders, tile.storers
-        ring.Block(number).run(ring.forward_warps(items, plan.halo, plan.slots, counts, plan.channels, actions))
+        cluster = tile.cluster, tile.stores_together
+        warps = ring.forward_warps(items, plan.halo, plan.slots, counts, plan.channels, actions, *cluster)
+        ring.Block(number).run(warps)
     assert (writes == 1).all()
     expected, wide = np.zeros_like(x) + bias, padded(x, shape)
     for i, j in itertools.product(range(shape.kh), range(shape.kw)):
@@ -443,14 +477,17 @@ WHOLE = [
     shape_of(1, 2, 37, 9, 9, 5),
     shape_of(1, 4, 6, 67, 5, 19),  # column tiles, the last of them narrower
     shape_of(9, 5, 3, 3, 3, 3),
+    shape_of(3, 16, 10, 13, 5, 7),  # two blocks together, where there are clusters: a group each
+    shape_of(1, 64, 7, 19, 3, 3),  # or two groups
     shape_of(2, 3, 9, 10, 5, 3, (torch.float32, 2)),
     shape_of(1, 2, 21, 9, 7, 5, (torch.float32, 3)),
 ]
 
 
+@pytest.mark.parametrize("gpu", [SMALL, CLUSTERED], ids=["", "clusters"])
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
-def test_forward_with_the_default_plan(ring, simulation, shape):
-    run_forward(ring, simulation, shape, SMALL, plan_cl.default_forward_tile(shape, SMALL))
+def test_forward_with_the_default_plan(ring, simulation, shared, shape, gpu):
+    run_forward(ring, simulation, shape, gpu, plan_cl.default_forward_tile(shape, gpu))
 
 
 @pytest.mark.parametrize("gpu", [SMALL, CLUSTERED], ids=["", "clusters"])
@@ -468,9 +505,22 @@ def test_tiles_of_chance(ring, simulation, seed):
         rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 24), rng.choice((rng.randint(1, 20), rng.randint(40, 80))),
         rng.randrange(1, 12, 2), rng.randrange(1, 20, 2), kind,
     )  # fmt: skip
-    run_forward(ring, simulation, shape, HUGE, forward_tile(rng, shape))
+    run_forward(ring, simulation, shape, HUGE, forward_tile(rng, shape, HUGE))
     gpu = replace(CLUSTERED, shared_bytes=1 << 24)
-    run_weight_grad(ring, simulation, shape, gpu, weight_grad_tile(rng, shape))
+    run_weight_grad(ring, simulation, shape, gpu, weight_grad_tile(rng, shape, gpu))
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 40))])
+def test_forward_tiles_of_chance_of_two_blocks(ring, simulation, seed):
+    rng, tile = random.Random(seed), None
+    gpu = replace(CLUSTERED, shared_bytes=1 << 24)
+    while tile is None or tile.cluster == 1:
+        shape = shape_of(
+            rng.randint(1, 5), rng.randint(9, 32), rng.randint(1, 20), rng.randint(1, 30),
+            rng.randrange(1, 8, 2), rng.randrange(1, 12, 2),
+        )  # fmt: skip
+        tile = forward_tile(rng, shape, gpu)
+    run_forward(ring, simulation, shape, gpu, tile)
 
 
 # ---- on a GPU
@@ -484,6 +534,8 @@ def test_tiles_of_chance(ring, simulation, seed):
         (5, 12, 14, 14, 27, 27),
         (1, 24, 130, 40, 51, 5),
         (9, 10, 21, 23, 29, 29),  # channels that do not share an access
+        (2, 64, 33, 40, 7, 7),
+        (4, 32, 96, 96, 31, 31),
         (64, 128, 56, 56, 31, 31),
         (64, 256, 28, 28, 29, 29),
     ],
@@ -492,9 +544,12 @@ def test_tiles_of_chance(ring, simulation, seed):
 def test_blocks_that_share_pixels(cuda, oracle, shared, problem, dtype):
     if not (gpu := kernels.gpu_of(0)).clusters:
         pytest.skip("needs a GPU with clusters of blocks (sm_90 or newer)")
-    tile = plan_cl.default_weight_grad_tile(shape_of(*problem, (dtype, 3 if dtype == torch.float32 else 1)), gpu)
-    size = 4 if dtype == torch.float32 else 2
-    assert tile.cluster == 2 or 2 * 8 // tile.warps * size > 16 or problem[1] * size % 16
+    shape, size = shape_of(*problem, (dtype, 3 if dtype == torch.float32 else 1)), 4 if dtype == torch.float32 else 2
+    tile = plan_cl.default_weight_grad_tile(shape, gpu)
+    assert tile.cluster == 2 or 2 * 8 // tile.warps * size > 16 or shape.c * size % 16
+    tile = plan_cl.default_forward_tile(shape, gpu)
+    assert (tile.cluster == 2) == (size == 2 and shape.c in (16, 64, 32, 128, 256))
     x, w, b, g = oracle.make_inputs(*problem, dtype, cuda, channels_last=True)
     oracle.check(partial(depthwise_conv2d, backend="cuda"), x, w, b, g)
     assert torch.equal(*(kernels.weight_grad(g, x, *problem[4:]) for _ in range(2)))
+    assert torch.equal(*(kernels.forward(x, w, b, None) for _ in range(2)))

@@ -24,9 +24,9 @@ GPUS = (
     Gpu("sm_80", 108, 166912),
     Gpu("sm_86", 84, 101376),
     Gpu("sm_89", 128, 101376),
-    Gpu("sm_90", 132, 232448, clusters=True),
-    Gpu("sm_100", 148, 232448, clusters=True),
-    Gpu("sm_120", 170, 101376, clusters=True),
+    Gpu("sm_90a", 132, 232448, clusters=True),
+    Gpu("sm_100a", 148, 232448, clusters=True),
+    Gpu("sm_120a", 170, 101376, clusters=True),
 )
 
 
@@ -192,7 +192,7 @@ def expected_stack(expression: str) -> int:
         return 64 if blocks == 1 else 8 if blocks < 7 else 64
     if kernel == "weight_grad_nchw":
         # One or two column blocks: up to 56 accumulators beside as few as 80 registers.
-        return 48 if blocks == 1 else 88 if blocks == 2 else 0
+        return 48 if blocks == 1 else 88 if blocks == 2 else 16
     if kernel == "forward_nhwc":
         # More than two row tiles: up to 112 accumulators beside 168 registers, 56 beside 128. Else, of sixteen and
         # twenty warps, whose threads have 128 and 96: what those that move pixels have on their way.
@@ -202,8 +202,9 @@ def expected_stack(expression: str) -> int:
     if kernel in ("forward_direct", "weight_grad_direct"):
         # Taps, sums and pixels on their way fill what a thread has, most where channels are read one by one.
         return 192
-    # Kernel rows and deltas of a warp: up to 112 accumulators beside 168 registers.
-    return 64
+    # Kernel rows and deltas of a warp: up to 112 accumulators beside 168 registers, 160 beside 216. Loaders that read
+    # channels one by one, or have given registers away.
+    return 96
 
 
 def faults(plan, gpu: Gpu, used) -> list[str]:
@@ -253,11 +254,11 @@ def test_a_sample_of_all_kernels_compiles_within_its_resources(elf):
         expression, gpu = key
         return hashlib.sha256(f"{expression} {gpu.arch}".encode()).digest()
 
-    chosen = [
-        (plans[key], gpu)
-        for gpu in GPUS
-        for key in sorted((key for key in plans if key[1] == gpu), key=by_hash)[: SAMPLE // len(GPUS)]
-    ]
+    ordered = sorted(plans, key=by_hash)
+    shares = [key for gpu in GPUS for key in [key for key in ordered if key[1] == gpu][: SAMPLE // len(GPUS)]]
+    # Kernels that few networks need are few among all.
+    one_of_each = {expression.split(",")[0]: (expression, gpu) for expression, gpu in reversed(ordered)}
+    chosen = [(plans[key], key[1]) for key in dict.fromkeys([*shares, *one_of_each.values()])]
     heads = {plan.launch.expression.split(",")[0] for plan, _ in chosen}
     assert heads == {
         f"{kind}_{route}<{dtype}"

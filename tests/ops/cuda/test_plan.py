@@ -20,9 +20,9 @@ GPUS = (
     Gpu("sm_80", 108, 166912),
     Gpu("sm_86", 84, 101376),
     Gpu("sm_89", 128, 101376),
-    Gpu("sm_90", 132, 232448, clusters=True),
-    Gpu("sm_100", 148, 232448, clusters=True),
-    Gpu("sm_120", 170, 101376, clusters=True),
+    Gpu("sm_90a", 132, 232448, clusters=True),
+    Gpu("sm_100a", 148, 232448, clusters=True),
+    Gpu("sm_120a", 170, 101376, clusters=True),
 )
 PLANS = {
     "forward": _plan.forward_plan,
@@ -33,8 +33,8 @@ PLANS = {
 TEMPLATES = {
     "forward_nchw": "dt np kh kw cbi cbo off ni mt v sv warps prod stages minb",
     "weight_grad_nchw": "dt np kh kw cbi cbo off ni r hb v warps prod stages minb",
-    "forward_nhwc": "dt np kh kw cbi cbo off ni mt g v warps loaders storers minb",
-    "weight_grad_nhwc": "dt np kh kw cbi cbo off ni r hb wg sr v cluster loaders minb",
+    "forward_nhwc": "dt np kh kw cbi cbo off ni mt g v cluster warps loaders storers minb",
+    "weight_grad_nhwc": "dt np kh kw cbi cbo off ni r hb wg sr v cluster loaders taken minb",
 }
 CONTIGUOUS = ("forward", "weight_grad")
 CHANNELS_LAST = ("forward, channels_last", "weight_grad, channels_last")
@@ -96,6 +96,25 @@ def test_every_launch_is_within_the_limits_of_the_gpu(problem):
     # Every resident block costs 1 KiB more, of which gpu.shared_bytes has left out one.
     assert t["minb"] * (launch.shared_bytes + 1024) <= gpu.shared_bytes + 1024
     assert t["minb"] * launch.block <= 1536, "threads of a multiprocessor of sm_86, sm_89 and sm_120"
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize(
+    "size", [(64, 128, 56, 56, 31, 31), (64, 96, 56, 56, 51, 5), (16, 256, 40, 40, 21, 21)], ids=str
+)
+def test_registers_are_taken_where_there_are_as_many(gpu, size):
+    """A warp that takes more than the others leave waits for ever."""
+    shape = shape_for("channels_last", *size, torch.float16, 1)
+    plan = _plan_channels_last.weight_grad_plan(shape, gpu)
+    t = template(plan)
+    assert (t["taken"] > 0) == gpu.clusters
+    if t["taken"]:
+        launched = 65536 // plan.launch.block // 8 * 8
+        left = 3 * launched - 2 * t["taken"]  # of a loader, as in the kernel
+        assert launched == _plan_channels_last.LAUNCHED
+        assert (t["loaders"], t["cluster"], t["minb"], left % 8) == (4, 2, 1, 0)
+        assert 8 * t["taken"] + 4 * left <= plan.launch.block // 32 * launched
+        assert gpu.arch.endswith("a"), "instructions of one architecture"
 
 
 @many
@@ -508,28 +527,30 @@ def weight_grad_constants(k, t) -> dict[str, int]:
 
 def units_constants(simulation, plan, t) -> dict[str, dict[str, int]]:
     """What the simulation says of every `Units<...>` of a channels_last plan."""
-    found, size = {}, 4 if t["dt"] == 2 else 2
+    found, size, cluster = {}, 4 if t["dt"] == 2 else 2, t["cluster"]
     if "mt" in t:
-        k = forward(simulation, t)
-        rows, channels, kinds = k.ts * k.mt, 8, [(t["cbi"], k.pitch, t["g"]), (t["cbo"], k.pitch, t["g"])]
-        warps, cluster = t["loaders"], 1
+        k, groups, channels, depth = forward(simulation, t), t["g"], 8, 8
+        rows, together = k.ts * k.mt, (cluster > 1, cluster > 1 and t["g"] == 1)
+        kinds = (t["cbi"], k.pitch, t["loaders"], together[0]), (t["cbo"], k.pitch, t["storers"], together[1])
     else:
-        k = weight_grad(simulation, t)
-        cluster = t["cluster"]
-        warps, channels = t["loaders"] * cluster, 8 // t["wg"] * cluster
-        rows, kinds = t["sr"], [(t["cbi"], k.x_pitch, 1), (t["cbo"], k.y_pitch, 1)]
-    for blocks, pitch, groups in kinds:
-        if cluster > 1:
-            arguments = t["dt"], t["np"], blocks, pitch, t["ni"], channels, t["v"], rows, warps, 16, cluster
-            u = simulation.SharedUnits(size, t["np"], blocks, pitch, t["ni"], channels, t["v"], warps, cluster, 0)
-            found[f"SharedUnits<{', '.join(map(str, arguments))}>"] = {"MINE": u.mine, "P::PER": u.per, "SIZE": size}
-            continue
-        u = simulation.Units(size, t["np"], blocks, pitch, t["ni"], groups, t["v"], rows, warps, depth=8)
-        arguments = t["dt"], t["np"], blocks, pitch, t["ni"], groups, channels, t["v"], rows, warps, 8
-        found[f"Units<{', '.join(map(str, arguments))}>"] = {
-            "LINE": u.line, "LINES": u.lines, "CHUNKS": u.chunks, "BATCH": u.batch, "PIXELS": u.pixels,
-            "P::PER": u.per, "P::SIZE": size,
-        }  # fmt: skip
+        k, groups, channels, rows, depth = weight_grad(simulation, t), 1, 8 // t["wg"], t["sr"], 8 if t["taken"] else 16
+        kinds = [(n, pitch, t["loaders"], cluster > 1) for n, pitch in ((t["cbi"], k.x_pitch), (t["cbo"], k.y_pitch))]
+    for blocks, pitch, warps, together in kinds:
+        place = size, t["np"], blocks, pitch, t["ni"]
+        if together:
+            # Whole groups, or one of which every block has a part.
+            all_groups, all_channels = (groups * cluster, 8) if "mt" in t else (1, channels * cluster)
+            u = simulation.SharedUnits(*place, all_groups, all_channels, t["v"], warps * cluster, cluster, 0)
+            arguments = all_groups, all_channels, t["v"], rows, warps * cluster, depth, cluster
+            kind, constants = "SharedUnits", {"MINE": u.mine, "P::PER": u.per, "SIZE": size}
+        else:
+            u = simulation.Units(*place, groups, t["v"], rows, warps, depth=8)
+            arguments, kind = (groups, channels, t["v"], rows, warps, 8), "Units"
+            constants = {
+                "LINE": u.line, "LINES": u.lines, "CHUNKS": u.chunks, "BATCH": u.batch, "PIXELS": u.pixels,
+                "P::PER": u.per, "P::SIZE": size,
+            }  # fmt: skip
+        found[f"{kind}<{', '.join(map(str, (t['dt'], *place[1:], *arguments)))}>"] = constants
     return found
 
 

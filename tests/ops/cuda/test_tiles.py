@@ -16,7 +16,7 @@ from replknet.ops.cuda._launch import Gpu
 from replknet.ops.cuda._plan import Shape
 
 A100, L4 = Gpu("sm_80", 108, 166912), Gpu("sm_89", 58, 101376)
-H100 = Gpu("sm_90", 132, 232448, clusters=True)
+H100 = Gpu("sm_90a", 132, 232448, clusters=True)
 PASSES = {
     "forward": (_plan.forward_tiles, _plan.forward_plan),
     "weight_grad": (_plan.weight_grad_tiles, _plan.weight_grad_plan),

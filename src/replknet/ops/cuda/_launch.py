@@ -30,7 +30,7 @@ class Gpu:
     """What a plan needs to know of a GPU.
 
     Attributes:
-        arch: e.g. "sm_90".
+        arch: e.g. "sm_90a".
         multiprocessors: how many there are.
         shared_bytes: shared memory that a block can have.
         clusters: whether blocks can reach each other's shared memory, in clusters.
@@ -50,7 +50,9 @@ def gpu_of(index: int) -> Gpu:
     driver = importlib.import_module("cuda.bindings.driver")
     status, clusters = driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)
     clusters = status == driver.CUresult.CUDA_SUCCESS and bool(clusters)
-    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared, clusters)
+    # From sm_90 on some instructions are an architecture's own ("a").
+    arch = f"sm_{properties.major}{properties.minor}{'a' if properties.major >= 9 else ''}"
+    return Gpu(arch, properties.multi_processor_count, shared, clusters)
 
 
 def launch(plan: Launch, device: torch.device, *arguments: Tensor | int | None) -> None:

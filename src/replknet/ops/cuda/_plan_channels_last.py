@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 
 import torch
 
@@ -32,10 +32,13 @@ CHANNELS_LAST = (*FORWARD, *WEIGHT_GRAD[1:], "channels_last.cu")
 # Shared memory of the weight gradient's barriers.
 BARRIERS = 512
 MOST_SLOTS = 16
+# Registers of a thread of the weight gradient's kernels with four loaders, from which others can take some.
+LAUNCHED = 168
 # Memory is read and written in pieces of so many bytes: blocks that need different parts of them keep together.
 TOGETHER = 256
-# Elements of x from which on two blocks share the pixels that a weight gradient reads.
-SHARED_FROM = 1 << 20
+# Elements of x from which on two blocks share the pixels that they read.
+WEIGHT_GRAD_SHARED_FROM = 1 << 20
+FORWARD_SHARED_FROM = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class ForwardTile(Tile):
         loaders, storers: warps that read and write pixels.
         blocks: blocks a multiprocessor.
         slots: slots of the ring.
+        cluster: blocks that share the pixels they read, a cluster of them.
     """
 
     columns: Columns
@@ -64,6 +68,12 @@ class ForwardTile(Tile):
     storers: int
     blocks: int
     slots: int
+    cluster: int
+
+    @property
+    def stores_together(self) -> bool:
+        """Whether the blocks of a cluster also write pixels together: alone each would write half sectors."""
+        return self.cluster > 1 and self.groups == 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
     columns, rows = tile.columns, set_rows(tile)
     template = (
         DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
-        tile.images, tile.tiles, tile.groups, _copy_width(shape, tile.channels),
+        tile.images, tile.tiles, tile.groups, _copy_width(shape, tile.channels), tile.cluster,
         tile.warps, tile.loaders, tile.storers, tile.blocks,
     )  # fmt: skip
     slots = gpu.multiprocessors * tile.blocks
@@ -147,12 +157,13 @@ def forward_tiles(shape: Shape, gpu: Gpu) -> tuple[ForwardTile, ...]:
     """
     default = default_forward_tile(shape, gpu)
     others = sorted(_forward_tiles(shape, gpu), key=lambda tile: _forward_time(shape, tile, gpu))
+    alone = (replace(default, cluster=1),)
     movers = (replace(default, loaders=loaders, storers=storers) for loaders, storers in ((4, 4), (2, 2), (4, 2)))
 
     def fits(tile: ForwardTile) -> bool:
         return feasible(forward_plan(shape, gpu, tile).launch, gpu, tile.blocks, _registers(shape, tile))
 
-    return offered(default, chain(movers, others), fits)
+    return offered(default, chain(alone, movers, others), fits)
 
 
 def set_rows(tile: ForwardTile) -> int:
@@ -174,7 +185,8 @@ def _forward_tiles(shape: Shape, gpu: Gpu) -> Iterator[ForwardTile]:
             in_one = whole * columns.outputs <= 28 and (whole <= 4 or images == 8)
             for tiles in sorted({1, min(whole, 2), whole if in_one else 1}, reverse=True):
                 for groups, channels in ((2, 16), (1, 8), (1, 4), (1, 2), (1, 1)):
-                    tile = ForwardTile(columns, images, tiles, groups, channels, 8, 2, 2, 1, 1)
+                    cluster = _forward_cluster(shape, gpu, groups, channels)
+                    tile = ForwardTile(columns, images, tiles, groups, channels, 8, 2, 2, 1, 1, cluster)
                     least = 1 if tiles == whole else 2 + 2 * halo_slots(shape, tile)
                     wanted = 3 if tiles == whole else 2 * least
                     fits = [
@@ -196,12 +208,25 @@ def _warps(shape: Shape, tile: ForwardTile) -> Iterator[tuple[int, int]]:
         yield 8, 2
         if registers <= 124:
             yield 12, 2
+    elif tile.cluster > 1 and tile.columns.outputs > 2 and registers > 124:
+        yield 8, 2
     else:
         yield 8, 4
         # Narrow pieces of many pixels take more. The address of a tensor does not change the tile.
         size = 4 if shape.dtype == torch.float32 else 2
         if registers <= 92 and shape.c * size % 16 == 0 and tile.channels * size >= 16:
             yield 12, 4
+
+
+def _forward_cluster(shape: Shape, gpu: Gpu, groups: int, channels: int) -> int:
+    """Blocks that together read the pixels of so many channels each: two, where both have whole groups of channels.
+
+    That halves the accesses, each of which costs the same however few bytes of a line it wants; few pixels are not
+    worth it. Groups of float32 are 32 bytes, more than one access.
+    """
+    whole = channels == 8 * groups and shape.dtype != torch.float32 and shape.c % 8 == 0
+    enough = shape.n * shape.c * shape.h * shape.w >= FORWARD_SHARED_FROM
+    return 2 if gpu.clusters and whole and enough and _share(shape, channels, gpu.multiprocessors) % 2 == 0 else 1
 
 
 def _parts_of_sectors(shape: Shape, tile: ForwardTile) -> bool:
@@ -222,7 +247,7 @@ def _forward_time(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
 
     What its parts cost adds up, because they share the way to shared memory. The costs are those of a least-squares fit
     to 153 tiles of 12 problems (7x7 to 96x96, kernels 7 to 51, 1 to 64 images) on an H200, whose times it meets within
-    10 % (standard deviation).
+    10 % (standard deviation); what blocks of a cluster move, by a fit to 145 tiles of 16 problems.
     """
     columns, lanes, rows, p = tile.columns, 16 // tile.images, set_rows(tile), shape.kh // 2
     low, high = deltas(shape.kw, columns)
@@ -252,18 +277,23 @@ def _forward_time(shape: Shape, tile: ForwardTile, gpu: Gpu) -> float:
     busy = min(tile.warps, tile.channels * max(1, tile.slots - 2 * plan.halo))
     convolved = tasks * (0.96 * products + 0.28 * reads + 47 / busy * steps)
     read_rows = plan.item_rows + (min(shape.h - plan.item_rows, shape.kh - 1) if cuts > 1 else 0)
-    moved, images = 0.0, (6 if _parts_of_sectors(shape, tile) else 1.5) * math.log2(tile.images)
-    for n_rows, blocks, cost in (
-        (read_rows, columns.inputs, 46 + 47 / tile.loaders),
-        (plan.item_rows, columns.outputs, 58),
-    ):
-        units = blocks * tile.groups
-        chunks = math.ceil(units / 4) if units > 2 else units / 4
-        half_sectors = 6 * units if tile.groups == 1 and size == 1 else 0
-        moved += size * n_rows * tile.images * (chunks * (cost + images) + half_sectors)
+    if tile.cluster > 1:
+        moved_rows = read_rows * columns.inputs + plan.item_rows * columns.outputs
+        moved = moved_rows * tile.images * tile.groups * (19 if tile.stores_together else 13)
+    else:
+        moved, images = 0.0, (6 if _parts_of_sectors(shape, tile) else 1.5) * math.log2(tile.images)
+        for n_rows, blocks, cost in (
+            (read_rows, columns.inputs, 46 + 47 / tile.loaders),
+            (plan.item_rows, columns.outputs, 58),
+        ):
+            units = blocks * tile.groups
+            chunks = math.ceil(units / 4) if units > 2 else units / 4
+            half_sectors = 6 * units if tile.groups == 1 and size == 1 else 0
+            moved += size * n_rows * tile.images * (chunks * (cost + images) + half_sectors)
     slots = 40 * (math.ceil(shape.h / rows) / cuts + 2 * plan.halo)
     spare = tile.slots - 1 - 2 * plan.halo
-    tight = 1.6 if spare < 1 else 1.08 if spare < 2 and tile.tiles == 2 and shape.h > rows else 1.0
+    few = spare < 2 and shape.h > rows and (tile.tiles == 2 or tile.cluster > 1)
+    tight = 1.6 if spare < 1 else 1.08 if few else 1.0
     # Warps that share channels wait for one another before the first product.
     start = 6_000 if tile.channels % tile.warps == 0 else 7_000
     return start + rounds * (convolved + moved + slots) * tight
@@ -280,8 +310,8 @@ def _ring(shape: Shape, tile: ForwardTile) -> Ring:
 def _forward_shared(shape: Shape, tile: ForwardTile) -> int:
     columns = tile.columns
     tables = tile.channels * table_bytes(shape.kh, shape.kw, columns, shape.planes)
-    # Three barriers a slot, and one for each of its channels.
-    barriers = round_up(tile.slots * (24 + 8 * tile.channels), 128)
+    # Three barriers a slot, and one for each of its channels; one more where two blocks write together.
+    barriers = round_up(tile.slots * ((32 if tile.stores_together else 24) + 8 * tile.channels), 128)
     return barriers + round_up(columns.inputs * 16, 128) + tables + shape.planes * _ring(shape, tile).set
 
 
@@ -325,6 +355,7 @@ class WeightGradTile(Tile):
         cluster: blocks that share the pixels they read, a cluster of them.
         loaders: warps that read pixels.
         x_slots, y_slots: slots of the rings.
+        taken: registers of a thread that multiplies, if it takes more than its share from those that read pixels, or 0.
     """
 
     columns: Columns
@@ -338,6 +369,7 @@ class WeightGradTile(Tile):
     blocks: int
     x_slots: int
     y_slots: int
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -377,7 +409,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None)
     template = (
         DTYPES[shape.dtype], shape.planes, shape.kh, shape.kw, columns.inputs, columns.outputs, columns.offset,
         tile.images, tile.pairs, tile.shared, tile.warps, tile.rows,
-        _copy_width(shape, channels * tile.cluster), tile.cluster, tile.loaders, tile.blocks,
+        _copy_width(shape, channels * tile.cluster), tile.cluster, tile.loaders, tile.taken, tile.blocks,
     )  # fmt: skip
     groups = math.ceil(shape.c / (channels * tile.cluster))
     row_groups = math.ceil((shape.kh + 1) // 2 / (tile.pairs * tile.warps))
@@ -407,67 +439,74 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None)
 
 
 def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
-    """The tile that reads the images least often and fits.
+    """The tile with the least estimated work that fits.
 
     Raises:
         NotImplementedError: no tile fits the GPU's shared memory.
     """
-    best, least = None, math.inf
-    for tile in _weight_grad_tiles(shape, gpu):
-        if (work := _weight_grad_work(shape, tile)) < least:
-            best, least = tile, work
-    if best is None:
+    if not (found := list(_weight_grad_tiles(shape, gpu))):
         raise NotImplementedError(too_large(shape, gpu))
-    return best
+    return min(found, key=lambda tile: _weight_grad_time(shape, tile, gpu))
 
 
 def weight_grad_tiles(shape: Shape, gpu: Gpu) -> tuple[WeightGradTile, ...]:
     """As `forward_tiles`."""
     default = default_weight_grad_tile(shape, gpu)
-    others = sorted(_weight_grad_tiles(shape, gpu), key=lambda tile: _weight_grad_work(shape, tile))
-    movers = (replace(default, loaders=loaders) for loaders in (2, 8))
+    others = sorted(_weight_grad_tiles(shape, gpu), key=lambda tile: _weight_grad_time(shape, tile, gpu))
+    movers = (replace(default, loaders=loaders) for loaders in (2, 8) if not default.taken)
 
     def fits(tile: WeightGradTile) -> bool:
-        low, high = deltas(shape.kw, tile.columns)
-        registers = 44 + 4 * tile.pairs * (high - low + 1) + 4 * tile.shared * math.ceil(tile.columns.outputs / 2)
+        needed = _weight_grad_registers(shape, tile)
+        registers = min(needed, LAUNCHED) if tile.taken else needed
         return feasible(weight_grad_plan(shape, gpu, tile).launch, gpu, tile.blocks, registers)
 
     return offered(default, chain(movers, others), fits)
 
 
 def _weight_grad_tiles(shape: Shape, gpu: Gpu) -> Iterator[WeightGradTile]:
-    all_pairs = (shape.kh + 1) // 2
     for columns in _column_cuts(shape):
-        low, high = deltas(shape.kw, columns)
-        most = max(1, 28 // (high - low + 1))
-        for warps in (1, 2, 4):
-            rounds = math.ceil(all_pairs / (most * warps))
-            pairs = math.ceil(all_pairs / (rounds * warps))
-            loaders = 4
-            for images in sorted(_image_counts(shape), key=(8, 4, 2, 1).index if shape.kh > 9 else (4, 2, 8, 1).index):
-                lanes = 16 // images
-                shared = 2 if images == 8 else 1
-                step = lanes * shared
-                many = round_up(min(shape.h, 16), step)
-                # Small kernels are bound by loading: small slots let it run ahead.
-                for rows in dict.fromkeys((many, step) if shape.kh > 9 else (step, many)):
-                    cluster = _cluster(shape, gpu, 8 // warps)
-                    tile = WeightGradTile(columns, images, pairs, shared, warps, rows, cluster, loaders, 1, 1, 1)
-                    halo = _weight_grad_halo(shape, tile)
-                    if rows > shape.h + step or (halo and (2 * halo + 2) * rows < 2 * pairs + 2):
-                        continue
-                    fits = [
-                        one
-                        for x_slots, y_slots in ((1 + 2 * halo, 1), (2 + 2 * halo, 2), (4 + 2 * halo, 3))
-                        if x_slots + y_slots <= 2 * MOST_SLOTS - 1
-                        and _weight_grad_shared(shape, one := replace(tile, x_slots=x_slots, y_slots=y_slots))
-                        <= budget(gpu, 1)
-                    ]
-                    if fits and (fits[-1].x_slots > 2 * halo + 1 or not halo):
-                        yield fits[-1]
+        for warps, pairs, images, shared in _weight_grad_shares(shape, columns):
+            cluster = _weight_grad_cluster(shape, gpu, 8 // warps)
+            tile = WeightGradTile(columns, images, pairs, shared, warps, 1, cluster, 4, 1, 1, 1, 0)
+            if (needed := _weight_grad_registers(shape, tile)) > LAUNCHED:
+                # What is left is enough for those of a cluster. Rows that share x want more than there are; narrow maps
+                # read more for as many products.
+                if cluster == 1 or shared == 2 or columns.outputs <= 4 or needed > 224:
+                    continue
+                tile = replace(tile, taken=208 if needed <= 208 else 216)
+            step = 16 // images * shared
+            for rows in {step, round_up(min(shape.h, 8), step), round_up(min(shape.h, 16), step)}:
+                halo = _weight_grad_halo(shape, tile := replace(tile, rows=rows))
+                if rows > shape.h + step or (halo and (2 * halo + 2) * rows < 2 * pairs + 2):
+                    continue
+                fits = [
+                    one
+                    for x_slots, y_slots in ((1 + 2 * halo, 1), (2 + 2 * halo, 2), (4 + 2 * halo, 3))
+                    if x_slots + y_slots <= 2 * MOST_SLOTS - 1
+                    and _weight_grad_shared(shape, one := replace(tile, x_slots=x_slots, y_slots=y_slots))
+                    <= budget(gpu, 1)
+                ]
+                if fits and (fits[-1].x_slots > 2 * halo + 1 or not halo):
+                    yield fits[-1]
 
 
-def _cluster(shape: Shape, gpu: Gpu, channels: int) -> int:
+def _weight_grad_shares(shape: Shape, columns: Columns) -> Iterator[tuple[int, int, int, int]]:
+    """(warps of a channel, kernel row pairs of a warp, images, output rows that share rows of x)."""
+    (low, high), all_pairs = deltas(shape.kw, columns), (shape.kh + 1) // 2
+    for most, warps in product((28, 42), (1, 2, 4)):
+        rounds = math.ceil(all_pairs / (max(1, most // (high - low + 1)) * warps))
+        for images in _image_counts(shape):
+            for shared in (2, 1) if images == 8 else (1,):
+                yield warps, math.ceil(all_pairs / (rounds * warps)), images, shared
+
+
+def _weight_grad_registers(shape: Shape, tile: WeightGradTile) -> int:
+    """Registers that a warp that multiplies needs, estimated."""
+    low, high = deltas(shape.kw, tile.columns)
+    return 44 + 4 * tile.pairs * (high - low + 1) + 4 * tile.shared * math.ceil(tile.columns.outputs / 2)
+
+
+def _weight_grad_cluster(shape: Shape, gpu: Gpu, channels: int) -> int:
     """Blocks that together read the pixels of so many channels each: two, where twice the channels are one access.
 
     That saves half the accesses, each of which costs the same however few bytes of a line it wants; few pixels are not
@@ -476,29 +515,41 @@ def _cluster(shape: Shape, gpu: Gpu, channels: int) -> int:
     size = 4 if shape.dtype == torch.float32 else 2
     # The address of a tensor does not change the tile. What fits this alignment divides the channels too.
     aligned = min(16, shape.c * size & -(shape.c * size))
-    enough = shape.n * shape.c * shape.h * shape.w >= SHARED_FROM
+    enough = shape.n * shape.c * shape.h * shape.w >= WEIGHT_GRAD_SHARED_FROM
     return 2 if gpu.clusters and enough and 2 * channels * size <= aligned else 1
 
 
-def _weight_grad_work(shape: Shape, tile: WeightGradTile) -> float:
-    """Estimated time of an image and channel, in products of one column block."""
-    columns, p, all_pairs = tile.columns, shape.kh // 2, (shape.kh + 1) // 2
+def _weight_grad_time(shape: Shape, tile: WeightGradTile, gpu: Gpu) -> float:
+    """Estimated time of the busiest multiprocessor, in products of one column block.
+
+    What the other parts cost is such that of the tiles of 26 problems, 760 measured on an H200, those with the least
+    estimates take 1.5 % more than the fastest, on average.
+    """
+    columns, p, all_pairs, channels = tile.columns, shape.kh // 2, (shape.kh + 1) // 2, 8 // tile.warps
     lanes, rounds = 16 // tile.images, math.ceil(all_pairs / (tile.pairs * tile.warps))
     low, high = deltas(shape.kw, columns)
-    products = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
-    steps = 0
-    for top in range(0, shape.h, lanes):
-        steps += min(all_pairs, math.ceil((min(2 * all_pairs, shape.h - top + p) - max(0, p - top - lanes)) / 2))
-    idle = rounds * tile.pairs * tile.warps / all_pairs
-    moved = (
-        12 * rounds * math.ceil(shape.h / lanes) * (columns.inputs + columns.outputs) * (1 if tile.warps == 1 else 1.6)
-    )
-    images = math.ceil(shape.n / tile.images) * tile.images / shape.n
-    # With one slot ahead of the products, or none, the warps wait for memory.
-    tight = {1: 1.3, 2: 1.1}.get(tile.y_slots, 1.0)
-    # A barrier a few rows is dear where a set of rows meets many others.
-    small = 1.1 if shape.kh > 9 and tile.rows < min(shape.h, 16) else 1.0
-    return columns.tiles * images / tile.images * max(steps * products * idle * tight * small, moved)
+    a_step = sum(low <= c - columns.offset - j <= high for c in range(columns.inputs) for j in range(columns.outputs))
+    products = reads = 0
+    for top, first in product(range(0, shape.h, lanes * tile.shared), range(0, all_pairs, tile.pairs)):
+        # The row pairs of x that a warp reads for its kernel row pairs, and those that each of its rows of dy meets.
+        above = p - top - 2 * first
+        begin = max(0, math.ceil((above - lanes) / 2))
+        end = min(tile.pairs + tile.shared - 1, (shape.h - 1 + above) // 2 + 1)
+        reads += max(0, end - begin) * columns.inputs + tile.shared * math.ceil(columns.outputs / 2)
+        for row in range(tile.shared):
+            products += max(0, min(end, row + tile.pairs) - max(begin, row)) * a_step
+    plan = weight_grad_plan(shape, gpu, tile)
+    groups, (_, runs, _) = math.ceil(shape.c / (channels * tile.cluster)), plan.launch.grid
+    cuts = math.ceil(shape.h / plan.item_rows)
+    pieces = math.ceil(shape.n / tile.images) * columns.tiles * cuts
+    mine = (groups // runs * pieces + (plan.share if groups % runs else 0)) / cuts
+    terms = shape.planes * (shape.planes + 1) // 2
+    multiplied = channels * terms / rounds * (products + 2.5 * reads)
+    moved = 0.9 * tile.images * shape.h * (columns.inputs + columns.outputs) / tile.cluster
+    slots = 540 * math.ceil(shape.h / tile.rows)
+    images = {8: 1.27, 4: 1.06, 2: 1.0, 1: 1.09}[tile.images]
+    few = {1: 1.4, 2: 1.13 if plan.halo else 1.0}.get(tile.y_slots, 1.0)
+    return mine * (multiplied + moved + slots) * images * few * (0.83 if tile.taken else 1.0)
 
 
 def _weight_grad_halo(shape: Shape, tile: WeightGradTile) -> int:

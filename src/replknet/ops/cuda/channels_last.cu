@@ -3,7 +3,8 @@
 // A block works on G groups of 8 neighbouring channels. Loader warps read pixels (16 bytes of each, 32 with two groups), turn
 // them into a plane a channel (movmatrix), and put the rows into a ring in shared memory. Consumer warps convolve a channel and a
 // set of row tiles at a time and write the results over rows that the channel no longer needs; storer warps turn these back into
-// pixels. Nobody waits for anybody but through the barriers of the ring's slots.
+// pixels. Nobody waits for anybody but through the barriers of the ring's slots. From sm_90 on two blocks may share the pixels that
+// they read: an access costs the same however few bytes of a line it wants.
 //
 // A slot holds SR rows (those of a set of row tiles) of NI images. The stream of slots of an item (images n0 .., columns col0 ..,
 // rows row0 .. row1) is its input rows from row0 - lead SR on; its output rows j SR .. go to the slot that holds the input rows
@@ -20,7 +21,7 @@ __device__ __forceinline__ u32 transpose(u32 v) {
 // 16 bytes that nobody reads again.
 __device__ __forceinline__ uint4 ldg_once(const void* p) {
   uint4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
 
@@ -196,15 +197,16 @@ template <int DT, int NP, int CB, int PITCH, int NI, int G, int CH, int V, int S
   }
 };
 
-// The same for CLUSTER blocks that share the pixels they read, 16 bytes of each or fewer: CH channels, of which each block has a part,
-// in order. WARPS are those of all. A thread moves a unit by itself: 8 pixels of a line become 16 bytes of a plane, which are sent
-// where another block has it (words of 4 bytes, as in `Units`, took up to a quarter longer: each is an access of its own). Units run
-// through the line, the images and the rows.
-template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int WARPS, int DEPTH, int CLUSTER> struct SharedUnits {
-  static constexpr int MINE = CH / CLUSTER, SIZE = DT == F32 ? 4 : 2;
+// The same for CLUSTER blocks that share the pixels they read and write: GROUPS groups of CH channels, 16 bytes or fewer of a pixel each,
+// of which every block has an equal part, in order. WARPS are those of all. A thread moves a unit by itself: 8 pixels of a line
+// become 16 bytes of a plane, which are sent where another block has it (words of 4 bytes, as in `Units`, took up to a quarter longer:
+// each is an access of its own). Units run through the groups, the line, the images and the rows.
+template <int DT, int NP, int CB, int PITCH, int NI, int GROUPS, int CH, int V, int SR, int WARPS, int DEPTH, int CLUSTER> struct SharedUnits {
+  static constexpr int MINE = CH * GROUPS / CLUSTER, SIZE = DT == F32 ? 4 : 2;
   using P = Pixel<DT, CH, V>;
-  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI * CB, 32 * WARPS), DEPTH / (2 * P::WORDS)));
+  static constexpr int BATCH = cmax(1, cmin(cdiv(SR * NI * CB * GROUPS, 32 * WARPS), DEPTH / (2 * P::WORDS)));
   static_assert(CH * SIZE <= 16, "one access a pixel");
+  static_assert(GROUPS == 1 || GROUPS % CLUSTER == 0, "parts of a group or whole groups");
   // Two neighbouring pixels of channel c: a word, of its next bfloat16 plane if it is float32.
   static __device__ __forceinline__ u32 pair(u32 (&even)[P::WORDS], u32 (&odd)[P::WORDS], int c) {
     if constexpr (DT == F32) {
@@ -216,14 +218,19 @@ template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int 
       return __byte_perm(even[c / 2], odd[c / 2], c & 1 ? 0x7632 : 0x5410);
   }
   // As Units::load. bar: the barrier that counts what is sent. Returns the bytes that this warp has sent to each of the other blocks.
-  template <class Wait> static __device__ __forceinline__ int load(const RingLayout& ring, u32 bar, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C, int limit,
-                                                                   int warp, int lane, Wait wait) {
-    const int units = max(0, rows) * NI * CB;
+  template <class Wait> static __device__ __forceinline__ int load(const RingLayout& ring, u32 bar, int rank, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C,
+                                                                   int limit, int warp, int lane, Wait wait) {
+    const int units = max(0, rows) * NI * CB * GROUPS, group = lane % GROUPS, owner = group * CH / MINE;
     const i64 pixel = (i64)C * SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
-    // From this block's memory to that of each.
+    // From this block's memory to that of each; whole groups go to one.
     u32 to[CLUSTER];
 #pragma unroll
-    for (int b = 0; b < CLUSTER; b++) to[b] = b == blockIdx.x ? 0 : peer(ring.base, b) - ring.base;
+    for (int b = 0; b < CLUSTER; b++) {
+      const int block = GROUPS == 1 ? b : owner;
+      to[b] = block == rank ? 0 : peer(ring.base, block) - ring.base;
+    }
+    const u32 base = ring.base + group * CH % MINE / 8 * ring.group;
+    x += group * CH * SIZE;
     int sent = 0;
     bool waited = false;
 #pragma unroll 1
@@ -231,8 +238,8 @@ template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int 
       u32 v[BATCH][8][P::WORDS];
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int unit = first + k * 32 * WARPS, line = unit / CB, image = line % NI;
-        const int col = left + unit % CB * 8, mine = unit < units && image < images ? limit : 0;
+        const int unit = first + k * 32 * WARPS, at_line = unit / GROUPS, line = at_line / CB, image = line % NI;
+        const int col = left + at_line % CB * 8, mine = unit < units && image < images ? limit - group * CH : 0;
         const u8* at = x + (image * image_bytes + line / NI * row_bytes + col * pixel);
 #pragma unroll
         for (int p = 0; p < 8; p++) P::load(v[k][p], at + p * pixel, (unsigned)(col + p) < (unsigned)W ? mine : 0);
@@ -241,10 +248,10 @@ template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int 
       waited = true;
 #pragma unroll
       for (int k = 0; k < BATCH; k++) {
-        const int unit = first + k * 32 * WARPS, line = unit / CB;
+        const int unit = first + k * 32 * WARPS, at_line = unit / GROUPS, line = at_line / CB;
         const bool there = unit < units;
-        const u32 place = ring.base + line % NI * ring.stride + (slot_row + line / NI) * PITCH + unit % CB * 16;
-        sent += __popc(__ballot_sync(~0u, there)) * (MINE * NP * 16);
+        const u32 place = base + line % NI * ring.stride + (slot_row + line / NI) * PITCH + at_line % CB * 16;
+        sent += __popc(__ballot_sync(~0u, there && (GROUPS == 1 || owner != rank))) * ((GROUPS == 1 ? MINE : CH) * NP * 16);
 #pragma unroll
         for (int p = 0; p < NP; p++)
 #pragma unroll
@@ -261,6 +268,34 @@ template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int 
     }
     if (!waited) wait();
     return sent;
+  }
+  // As Units::store, of the planes of all blocks. Whole groups of 16-bit values.
+  static __device__ __forceinline__ void store(const RingLayout& ring, int rank, int slot_row, u8* y, int images, int rows, int columns, int H, int W, int C, int limit, int warp, int lane) {
+    static_assert(CH == 8 && DT != F32, "whole groups of 16-bit values");
+    const int units = max(0, rows) * NI * CB * GROUPS, group = lane % GROUPS, owner = group * CH / MINE;
+    const i64 pixel = (i64)C * SIZE, row_bytes = W * pixel, image_bytes = H * row_bytes;
+    const u32 base = (owner == rank ? ring.base : peer(ring.base, owner)) + group * CH % MINE / 8 * ring.group + slot_row * PITCH;
+    y += group * CH * SIZE;
+#pragma unroll 1
+    for (int unit = warp * 32 + lane; unit < units; unit += 32 * WARPS) {
+      const int at_line = unit / GROUPS, line = at_line / CB, image = line % NI, col = at_line % CB * 8;
+      const u32 place = base + image * ring.stride + line / NI * PITCH + at_line % CB * 16;
+      if (image >= images) continue;
+      u32 v[8][4];
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        if (owner == rank) lds128(v[c], place + c * ring.plane);
+        else fetch128(v[c], place + c * ring.plane);
+      }
+      u8* at = y + (image * image_bytes + line / NI * row_bytes + col * pixel);
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        u32 out[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = __byte_perm(v[2 * i][p / 2], v[2 * i + 1][p / 2], p & 1 ? 0x7632 : 0x5410);
+        if (col + p < columns) P::store(at + p * pixel, out, limit - group * CH);
+      }
+    }
   }
 };
 
@@ -326,29 +361,52 @@ template <int PITCH> struct RingRows {
   }
 };
 
+// Loads a slot of a ring, as `Units` or, in a cluster, `SharedUnits`: G groups of CH channels a block, or a part of one group, `limit` channels
+// of all blocks. Warps arrive at the barrier `bar`; the slot is free once the phase before this round of the barrier `free` is over.
+template <int DT, int NP, int CB, int PITCH, int NI, int G, int CH, int V, int SR, int LOADERS, int DEPTH, int CLUSTER>
+__device__ __forceinline__ void load_slot(const RingLayout& ring, u32 bar, u32 free, int round, int rank, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C,
+                                          int limit, int warp, int lane) {
+  const auto wait = [&] {
+    if (round > 0) bar_wait(free, (round - 1) & 1);
+  };
+  if constexpr (CLUSTER == 1) {
+    Units<DT, NP, CB, PITCH, NI, G, CH, V, SR, LOADERS, DEPTH>::load(ring, slot_row, x, images, rows, left, H, W, C, limit, warp, lane, wait);
+    warp_arrive(bar, lane);
+  } else {
+    // Whole groups, or one of which each block has a part.
+    constexpr int GROUPS = CH == 8 ? G * CLUSTER : 1;
+    using U = SharedUnits<DT, NP, CB, PITCH, NI, GROUPS, CH == 8 ? 8 : CH * CLUSTER, V, SR, LOADERS * CLUSTER, DEPTH, CLUSTER>;
+    const int sent = U::load(ring, bar, rank, slot_row, x, images, rows, left, H, W, C, limit, rank * LOADERS + warp, lane, wait);
+    cluster_arrive<CLUSTER>(bar, sent, rank, lane);
+  }
+}
+
 // Arguments: as forward_nchw; rows an item; channels a block (8 G, or fewer with G = 1); blocks that share sectors; slots of the
 // ring and slots of halo; the ring's layout; flags. WARPS convolve.
-template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int G, int V, int WARPS, int LOADERS, int STORERS, int MINB>
-__global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forward_nhwc(
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int MT, int G, int V, int CLUSTER, int WARPS, int LOADERS, int STORERS, int MINB>
+__global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) void forward_nhwc(
     const void* __restrict__ x, const void* __restrict__ weight, const void* __restrict__ bias, void* __restrict__ y, int N, int C, int H, int W,
     int item_rows, int channels, int share, int ring, int lead, int stride, int plane, int group, int set, int flags) {
   using K = Forward<DT, NP, KH, KW, CBI, CBO, OFF, NI, MT, 2, 1, WARPS, LOADERS + STORERS, MINB>;
   using T = typename K::T;
   constexpr int SR = K::TS * MT, SIZE = DT == F32 ? 4 : 2;
   extern __shared__ __align__(128) u8 smem[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  // Barriers of slot s: loaded, convolved, stored; and, behind those of all slots, one a channel: its set has been read.
-  const int all_bars = cdiv(ring * (24 + channels * 8), 128) * 128;
-  const u32 bars = smem_u32(smem), read = bars + ring * 24, zero = bars + all_bars, tables = zero + K::ZERO;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, rank = blockIdx.x % CLUSTER;
+  // Barriers of slot s: loaded, convolved, stored; behind those of all slots one a channel, its set has been read, and, where two blocks
+  // write pixels together, because a block's channels are half a sector, one a slot: the other block has convolved.
+  constexpr bool TOGETHER = CLUSTER > 1 && G == 1;
+  const int all_bars = cdiv(ring * ((TOGETHER ? 32 : 24) + channels * 8), 128) * 128;
+  const u32 bars = smem_u32(smem), read = bars + ring * 24, others = read + ring * channels * 8, zero = bars + all_bars, tables = zero + K::ZERO;
   const RingLayout layout = {tables + channels * K::TABLE, min(8, channels), stride, plane, group, set};
   if (tid < K::ZERO / 4) ((u32*)(smem + all_bars))[tid] = 0;
   // Whether every warp has channels of its own, and need not wait for others that convolve.
   const bool own = channels % WARPS == 0;
   // A warp makes its barriers one after the other: they are shared out among the warps.
   const int number = lane * (WARPS + LOADERS + STORERS) + warp;
-  if (number < ring * 3) warps_init(bars + number * 8, number % 3 == 0 ? LOADERS : number % 3 == 1 ? WARPS : STORERS);
+  if (number < ring * 3) warps_init(bars + number * 8, number % 3 == 0 ? LOADERS * CLUSTER : number % 3 == 1 ? WARPS : STORERS * CLUSTER);
+  if (TOGETHER && number < ring) bar_init(others + number * 8, 1);
   if (!own && number < ring * channels) warps_init(read + number * 8, 1);
-  __syncthreads();
+  cluster_sync<CLUSTER>();
   const NhwcWalk walk(NhwcPieces(N, H, W, NI, CBO * 8, item_rows, SR, lead), C, channels, share);
   RingAt p;
 
@@ -358,10 +416,20 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
       for (int j = 0; j < it.slots; j++, p.next(ring)) {
         bar_wait(bars + p.slot * 24 + 8, p.round & 1);
         const int h0 = it.row0 + j * SR;
-        if (j < it.sets && it.c0 < C)
-          Units<DT, NP, CBO, K::PITCH, NI, G, 8, V, SR, STORERS, 4>::store(layout, p.slot * SR, (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + it.c0) * SIZE, N - it.n0, min(SR, it.row1 - h0),
-                                                        W - it.col0, H, W, C, min(C - it.c0, channels), warp - WARPS - LOADERS, lane);
-        warp_arrive(bars + p.slot * 24 + 16, lane);
+        const int c0 = TOGETHER ? it.c0 - rank * channels : it.c0, rows = min(SR, it.row1 - h0), mover = warp - WARPS - LOADERS;
+        const bool stores = j < it.sets && c0 < C;
+        u8* to = (u8*)y + ((((i64)it.n0 * H + h0) * W + it.col0) * C + c0) * SIZE;
+        if constexpr (TOGETHER) {
+          static_assert(CLUSTER == 2, "one other block");
+          if (mover == 0 && lane == 0) tell(peer(others + p.slot * 8, 1 - rank));
+          using U = SharedUnits<DT, NP, CBO, K::PITCH, NI, G * CLUSTER, 8, V, SR, STORERS * CLUSTER, 4, CLUSTER>;
+          if (stores) hear(others + p.slot * 8, p.round & 1);
+          if (stores) U::store(layout, rank, p.slot * SR, to, N - it.n0, rows, W - it.col0, H, W, C, C - c0, rank * STORERS + mover, lane);
+        } else {
+          using U = Units<DT, NP, CBO, K::PITCH, NI, G, 8, V, SR, STORERS, 4>;
+          if (stores) U::store(layout, p.slot * SR, to, N - it.n0, rows, W - it.col0, H, W, C, min(C - c0, channels), mover, lane);
+        }
+        cluster_arrive<CLUSTER>(bars + p.slot * 24 + 16, 0, rank, lane);
       }
     }
   } else if (warp >= WARPS) {
@@ -369,14 +437,10 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
       const NhwcItem it(walk, item);
       const int lo = max(0, it.row0 - K::P), hi = min(H, it.row1 + K::P + 1);
       for (int j = 0; j < it.slots; j++, p.next(ring)) {
-        const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top), rows = it.c0 < C ? min(hi, top + SR) - h0 : 0;
-        const u32 stored = bars + p.slot * 24 + 16;
-        const int round = p.round;
-        Units<DT, NP, CBI, K::PITCH, NI, G, 8, V, SR, LOADERS, 8>::load(layout, p.slot * SR + h0 - top, (const u8*)x + (((i64)it.n0 * H + h0) * W * C + it.c0) * SIZE, N - it.n0, rows,
-                                                     it.col0 - 8 * OFF, H, W, C, min(C - it.c0, channels), warp - WARPS, lane, [=] {
-                                                       if (round > 0) bar_wait(stored, (round - 1) & 1);
-                                                     });
-        warp_arrive(bars + p.slot * 24, lane);
+        const int c0 = it.c0 - rank * channels, top = it.row0 + (j - lead) * SR, h0 = max(lo, top), rows = c0 < C ? min(hi, top + SR) - h0 : 0;
+        load_slot<DT, NP, CBI, K::PITCH, NI, G, 8, V, SR, LOADERS, 8, CLUSTER>(layout, bars + p.slot * 24, bars + p.slot * 24 + 16, p.round, rank, p.slot * SR + h0 - top,
+                                                                               (const u8*)x + (((i64)it.n0 * H + h0) * W * C + c0) * SIZE, N - it.n0, rows, it.col0 - 8 * OFF, H, W, C,
+                                                                               min(C - c0, channels * CLUSTER), warp - WARPS, lane);
       }
     }
   } else {
@@ -449,6 +513,7 @@ __global__ __launch_bounds__((WARPS + LOADERS + STORERS) * 32, MINB) void forwar
       }
     }
   }
+  cluster_leave<CLUSTER>(), cluster_wait<CLUSTER>();
 }
 
 // What a run of the weight gradient does, in parts: pieces of one group of channels, of which it has sums of its own.
@@ -482,36 +547,22 @@ struct WeightGradPart {
   __device__ __forceinline__ int piece(int i) const { return begin + (i + turn < count ? i + turn : i + turn - count); }
 };
 
-// Loads a slot of the weight gradient's rings, as `Units` or, in a cluster, `SharedUnits`; warps arrive at the barrier.
-template <int DT, int NP, int CB, int PITCH, int NI, int CH, int V, int SR, int LOADERS, int CLUSTER>
-__device__ __forceinline__ void load_slot(const RingLayout& ring, u32 bar, int round, int slot_row, const u8* x, int images, int rows, int left, int H, int W, int C, int limit, int warp,
-                                          int lane) {
-  const auto wait = [&] {
-    if (round > 0) bar_wait(bar + 8, (round - 1) & 1);
-  };
-  if constexpr (CLUSTER == 1) {
-    Units<DT, NP, CB, PITCH, NI, 1, CH, V, SR, LOADERS, 16>::load(ring, slot_row, x, images, rows, left, H, W, C, limit, warp, lane, wait);
-    warp_arrive(bar, lane);
-  } else {
-    using U = SharedUnits<DT, NP, CB, PITCH, NI, CH * CLUSTER, V, SR, LOADERS * CLUSTER, 16, CLUSTER>;
-    const int sent = U::load(ring, bar, slot_row, x, images, rows, left, H, W, C, limit, blockIdx.x * LOADERS + warp, lane, wait);
-    cluster_arrive<CLUSTER>(bar, sent, blockIdx.x, lane);
-  }
-}
-
 // partial: float32 [splits, C, KH, KW], one for each run that has pieces of a channel, zeros where there are fewer; grid (CLUSTER, runs,
 // groups of WG R kernel row pairs). Rings of x and of dy: a slot holds SR rows; the stream of x is that of forward_nhwc, the stream of
 // dy has the rows of the sets alone.
 //
 // A block has 8 / WG channels, which lie in few bytes of a pixel. CLUSTER neighbours go through the same slots together: the loaders
 // of each read a part of the lines, in the channels of all, and write a plane to the block whose channel it is.
-template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int WG, int SR, int V, int CLUSTER, int LOADERS, int MINB>
+template <int DT, int NP, int KH, int KW, int CBI, int CBO, int OFF, int NI, int R, int HB, int WG, int SR, int V, int CLUSTER, int LOADERS, int TAKEN, int MINB>
 __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) void weight_grad_nhwc(
     const void* __restrict__ x, const void* __restrict__ dy, float* __restrict__ partial, int N, int C, int H, int W, int item_rows, int lead, int share, int splits, int xring,
     int xstride, int xplane, int xset, int yring, int ystride, int yplane, int yset) {
   using K = WeightGrad<DT, NP, KH, KW, CBI, CBO, OFF, NI, R, HB, 2, 8, 1, 1>;
-  constexpr int CH = 8 / WG, ALL = CH * CLUSTER, SIZE = DT == F32 ? 4 : 2, BARS = 512;
+  constexpr int CH = 8 / WG, ALL = CH * CLUSTER, SIZE = DT == F32 ? 4 : 2, BARS = 512, DEPTH = TAKEN ? 8 : 16;
+  // A block of twelve warps has 168 registers a thread. Those that multiply take TAKEN each, and the loaders are left with the rest.
+  constexpr int LEFT = TAKEN ? 3 * 168 - 2 * TAKEN : 0;
   static_assert(SR % K::SET_ROWS == 0, "whole sets");
+  static_assert(!TAKEN || LOADERS == 4, "a group of four warps");
   extern __shared__ __align__(128) u8 smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, rank = blockIdx.x;
   // Barriers of slot s: loaded, used; those of dy behind those of x.
@@ -527,6 +578,7 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) v
   RingAt p, q;
 
   if (warp >= 8) {
+    leave_registers<LEFT>();
     for (int number = 0; number < parts; number++) {
       const WeightGradPart part(walk, number);
       const int c0 = part.group * ALL, limit = min(C - c0, ALL);
@@ -536,11 +588,11 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) v
         const i64 image = (i64)it.n0 * H;
         for (int j = 0, set = 0; j < it.slots; j++, p.next(xring)) {
           const int top = it.row0 + (j - lead) * SR, h0 = max(lo, top);
-          load_slot<DT, NP, CBI, K::XPITCH, NI, CH, V, SR, LOADERS, CLUSTER>(xs, xbars + p.slot * 16, p.round, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0,
+          load_slot<DT, NP, CBI, K::XPITCH, NI, 1, CH, V, SR, LOADERS, DEPTH, CLUSTER>(xs, xbars + p.slot * 16, xbars + p.slot * 16 + 8, p.round, rank, p.slot * SR + h0 - top, (const u8*)x + ((image + h0) * W * C + c0) * SIZE, N - it.n0,
                                                                              min(hi, top + SR) - h0, it.col0 - 8 * OFF, H, W, C, limit, warp - 8, lane);
           for (; set < it.sets && min(set + 2 * lead, it.slots - 1) <= j; set++, q.next(yring)) {
             const int h = it.row0 + set * SR;
-            load_slot<DT, NP, CBO, K::YPITCH, NI, CH, V, SR, LOADERS, CLUSTER>(ys, ybars + q.slot * 16, q.round, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0,
+            load_slot<DT, NP, CBO, K::YPITCH, NI, 1, CH, V, SR, LOADERS, DEPTH, CLUSTER>(ys, ybars + q.slot * 16, ybars + q.slot * 16 + 8, q.round, rank, q.slot * SR, (const u8*)dy + ((image + h) * W * C + c0) * SIZE, N - it.n0,
                                                                                min(it.row1 - h, SR), it.col0, H, W, C, limit, warp - 8, lane);
           }
         }
@@ -552,6 +604,7 @@ __global__ __launch_bounds__((8 + LOADERS) * 32, MINB) IN_CLUSTERS_OF(CLUSTER) v
     return;
   }
 
+  take_registers<TAKEN>();
   const int kx = (lane & 7) + 8 * (lane >> 4), ky = lane & 15, pair = (blockIdx.z * WG + warp / CH) * R;
   const u32 xmine = xs.base + warp % CH * xplane + kx % NI * xstride, ymine = ys.base + warp % CH * yplane + ky % NI * ystride;
   RingAt ready;

@@ -76,6 +76,9 @@ __device__ __forceinline__ u32 lds32(u32 a) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
   return r;
 }
+__device__ __forceinline__ void lds128(u32 (&r)[4], u32 a) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
+}
 __device__ __forceinline__ void lds64(u32 (&r)[2], u32 a) { asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(a)); }
 __device__ __forceinline__ void ldsm4(u32 (&r)[4], u32 a) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
@@ -133,6 +136,18 @@ __device__ __forceinline__ void bar_wait(u32 b, int parity) {
   } while (!done);
 }
 
+// ---- registers: the warps of a group of four leave all but N of their registers to others, or take as many as N (sm_90a and newer)
+template <int N> __device__ __forceinline__ void leave_registers() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (N > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+template <int N> __device__ __forceinline__ void take_registers() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (N > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
 // ---- clusters: blocks that read and write each other's shared memory (sm_90 and newer; a cluster of one block is none)
 #if __CUDA_ARCH__ >= 900
 #define IN_CLUSTERS_OF(blocks) __cluster_dims__(blocks, 1, 1)
@@ -148,6 +163,17 @@ __device__ __forceinline__ u32 peer(u32 a, int rank) {
 // 16 bytes for another block, on their way when this returns; when they are there, a barrier of that block has so much less to expect.
 __device__ __forceinline__ void send128(u32 a, const u32 (&v)[4], u32 b) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(a), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(b) : "memory");
+}
+// 16 bytes of another block.
+__device__ __forceinline__ void fetch128(u32 (&r)[4], u32 a) {
+  asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a));
+}
+// One thread lets another block know of all that its own block has written, as far as it knows of it; and waits for such a message.
+__device__ __forceinline__ void tell(u32 b) { asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(b) : "memory"); }
+__device__ __forceinline__ void hear(u32 b, int parity) {
+  u32 done;
+  do asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" : "=r"(done) : "r"(b), "r"(parity) : "memory");
+  while (!done);
 }
 // A warp arrives at the barrier b of every block of its cluster, and lets those of the others expect `sent` bytes from it. What it
 // has read and written in its own block is done by then; a release at the scope of the cluster, which costs a fence of the whole
