@@ -215,6 +215,10 @@ def faults(plan, gpu: Gpu, used) -> list[str]:
     warps, a_warp = launch.block // 32, -(-used.registers // 8) * 8 * 32
     if used.registers > 255 or blocks * warps * a_warp > 65536:
         found.append(f"{used.registers} registers for {blocks} blocks of {launch.block} threads")
+    # Warps take registers out of those that the launch has given to all: with fewer they would wait for ever.
+    taken, counted = kernel == "weight_grad_nhwc" and int(arguments.split(", ")[-2]), _plan_channels_last.LAUNCHED
+    if taken and used.registers != counted:
+        found.append(f"{used.registers} registers at the launch, {counted} are counted on")
     if used.stack > expected_stack(launch.expression):
         found.append(f"{used.stack} bytes of stack, {expected_stack(launch.expression)} are known")
     # 1 KiB is reserved by the system from sm_90 on, and is no part of the GPU's limit.
