@@ -32,7 +32,7 @@ def process_device(requested: str = "auto") -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        # What refers to the group goes first: a thread of it that outlives the interpreter ends the process by SIGABRT.
+        # What refers to the group goes first: a thread of it that outlives the interpreter can end the process (SIGABRT).
         gc.collect()
         dist.destroy_process_group()
 

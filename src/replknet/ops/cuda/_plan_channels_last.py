@@ -139,7 +139,7 @@ def forward_plan(shape: Shape, gpu: Gpu, tile: ForwardTile | None = None) -> For
 
 
 def default_forward_tile(shape: Shape, gpu: Gpu) -> ForwardTile:
-    """The tile with the least estimated work that fits.
+    """The tile with the least estimated time that fits.
 
     Raises:
         NotImplementedError: no tile fits the GPU's shared memory.
@@ -439,7 +439,7 @@ def weight_grad_plan(shape: Shape, gpu: Gpu, tile: WeightGradTile | None = None)
 
 
 def default_weight_grad_tile(shape: Shape, gpu: Gpu) -> WeightGradTile:
-    """The tile with the least estimated work that fits.
+    """The tile with the least estimated time that fits.
 
     Raises:
         NotImplementedError: no tile fits the GPU's shared memory.
@@ -476,7 +476,8 @@ def _weight_grad_tiles(shape: Shape, gpu: Gpu) -> Iterator[WeightGradTile]:
                 tile = replace(tile, taken=208 if needed <= 208 else 216)
             step = 16 // images * shared
             for rows in {step, round_up(min(shape.h, 8), step), round_up(min(shape.h, 16), step)}:
-                halo = _weight_grad_halo(shape, tile := replace(tile, rows=rows))
+                tile = replace(tile, rows=rows)
+                halo = _weight_grad_halo(shape, tile)
                 if rows > shape.h + step or (halo and (2 * halo + 2) * rows < 2 * pairs + 2):
                     continue
                 fits = [
@@ -493,11 +494,13 @@ def _weight_grad_tiles(shape: Shape, gpu: Gpu) -> Iterator[WeightGradTile]:
 def _weight_grad_shares(shape: Shape, columns: Columns) -> Iterator[tuple[int, int, int, int]]:
     """(warps of a channel, kernel row pairs of a warp, images, output rows that share rows of x)."""
     (low, high), all_pairs = deltas(shape.kw, columns), (shape.kh + 1) // 2
-    for most, warps in product((28, 42), (1, 2, 4)):
-        rounds = math.ceil(all_pairs / (max(1, most // (high - low + 1)) * warps))
-        for images in _image_counts(shape):
-            for shared in (2, 1) if images == 8 else (1,):
-                yield warps, math.ceil(all_pairs / (rounds * warps)), images, shared
+    rounds = [
+        (warps, math.ceil(all_pairs / (max(1, most // (high - low + 1)) * warps)))
+        for most, warps in product((28, 42), (1, 2, 4))
+    ]
+    for (warps, times), images in product(dict.fromkeys(rounds), _image_counts(shape)):
+        for shared in (2, 1) if images == 8 else (1,):
+            yield warps, math.ceil(all_pairs / (times * warps)), images, shared
 
 
 def _weight_grad_registers(shape: Shape, tile: WeightGradTile) -> int:
