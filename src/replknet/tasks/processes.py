@@ -32,7 +32,7 @@ def process_device(requested: str = "auto") -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        # What refers to the group goes first: a thread of it that outlives the interpreter can end the process (SIGABRT).
+        # What refers to the group goes first: a thread of it that outlives the interpreter may abort the process.
         gc.collect()
         dist.destroy_process_group()
 
